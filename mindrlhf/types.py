@@ -1,0 +1,83 @@
+"""The batch types: what flows between data, generation, rewards and the compiled cells."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem of a data set, ready to be answered."""
+
+    ids: np.ndarray  # [P] int32, what the model reads, chat template applied
+    text: str  # the same as text
+    label: Any  # the reference answer, or None
+    key: int  # position in the data set; keys the sampler, so that an answer does not depend on its batch
+    row: dict[str, Any] = field(default_factory=dict)  # the data set's row, its columns for user reward functions
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled answer, ragged, on the host."""
+
+    prompt_ids: np.ndarray  # [P] int32
+    response_ids: np.ndarray  # [R] int32, the stop token included where one was sampled
+    sampled_logprobs: np.ndarray  # [R] float32, log-prob under the sampling temperature, before top-k and top-p
+    finished: bool  # False: cut at max_tokens
+    group: int  # answers to the same prompt share it
+    reward: float = 0.0  # weighted sum of reward_parts
+    reward_parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One supervised example: tokens, and which of them are trained."""
+
+    ids: np.ndarray  # [N] int32
+    trained: np.ndarray  # [N] bool, True where the token is a target
+
+
+class PackedRows(NamedTuple):
+    """One micro-batch of sequences packed into rows of a fixed width; the first fields of every batch below.
+
+    The decoder runs over the rows [B, T]; head and loss run at the N target positions only. Index n means the
+    prediction of labels[n], made at flat position index[n] of the rows: the label shift is done when packing, once.
+    """
+
+    tokens: np.ndarray  # [B, T] int32
+    positions: np.ndarray  # [B, T] int32, from 0 in each segment
+    segments: np.ndarray  # [B, T] int32; 0 is padding, k is the k-th packed sequence of the row
+    index: np.ndarray  # [N] int32, flat positions in B*T whose next token is labels[n]; padded with 0
+    labels: np.ndarray  # [N] int32
+    sequence: np.ndarray  # [N] int32, number of the sequence in the micro-batch; padding has the last number
+    mask: np.ndarray  # [N] float32, 1 at real targets, 0 on padding
+
+
+class SupervisedBatch(NamedTuple):
+    """PackedRows and what the supervised loss needs."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    index: np.ndarray
+    labels: np.ndarray
+    sequence: np.ndarray
+    mask: np.ndarray
+    loss_weight: np.ndarray  # [N] float32, 0 on padding; the aggregation mode lives in here
+
+
+class PolicyBatch(NamedTuple):
+    """PackedRows and what the policy losses need."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    index: np.ndarray
+    labels: np.ndarray
+    sequence: np.ndarray
+    mask: np.ndarray
+    loss_weight: np.ndarray  # [N] float32, 0 on padding; the aggregation mode lives in here
+    advantages: np.ndarray  # [N] float32
+    old_logprobs: np.ndarray  # [N] float32, of the policy before this batch's first update
+    ref_logprobs: np.ndarray  # [N] float32
