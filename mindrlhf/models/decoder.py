@@ -1,0 +1,221 @@
+"""The one decoder: training, scoring, prefill and decoding from the same parameters.
+
+Parameter names and shapes are Hugging Face's, so a checkpoint is a list of names. A family is flags of DecoderConfig.
+"""
+
+from collections.abc import Callable, Iterator
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindrlhf.models import kernels
+from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.hf import expected_shapes
+from mindrlhf.models.rope import rope_tables
+
+Weights = Callable[[str], np.ndarray]  # a parameter's Hugging Face name -> float32 array of its Hugging Face shape
+
+
+def random_weights(config: DecoderConfig, seed: int) -> Weights:
+    """Normal matrices of config.initializer_range, norms of 1, biases of 0, as Hugging Face initialises.
+
+    Each tensor is keyed by (seed, its place in the list), so any subset can be made alone.
+    """
+    shapes = expected_shapes(config)
+    place = {name: i for i, name in enumerate(shapes)}
+
+    def weights(name: str) -> np.ndarray:
+        shape = shapes[name]
+        if len(shape) == 1:
+            return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
+        draw = np.random.default_rng((seed, place[name])).standard_normal(shape, dtype=np.float32)
+        return draw * np.float32(config.initializer_range)
+
+    return weights
+
+
+class _Linear(nn.Cell):
+    def __init__(self, name: str, weights: Weights, bias: bool, transposed: bool):
+        super().__init__(auto_prefix=False)
+        weight = weights(f"{name}.weight")
+        self.weight = _parameter(np.ascontiguousarray(weight.T) if transposed else weight, f"{name}.weight")
+        self.bias = _parameter(weights(f"{name}.bias"), f"{name}.bias") if bias else None
+        self.transposed = transposed
+
+    def construct(self, x):
+        return kernels.linear(x, self.weight, self.bias, self.transposed)
+
+
+class _Norm(nn.Cell):
+    def __init__(self, name: str, weights: Weights, epsilon: float):
+        super().__init__(auto_prefix=False)
+        self.weight = _parameter(weights(f"{name}.weight"), f"{name}.weight")
+        self.epsilon = epsilon
+
+    def construct(self, x):
+        return kernels.rms_norm(x, self.weight, self.epsilon)
+
+
+class _Attention(nn.Cell):
+    def __init__(self, config: DecoderConfig, name: str, weights: Weights, transposed: bool):
+        super().__init__(auto_prefix=False)
+        self.heads, self.kv_heads, self.width = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.q_proj = _Linear(f"{name}.q_proj", weights, config.qkv_bias, transposed)
+        self.k_proj = _Linear(f"{name}.k_proj", weights, config.qkv_bias, transposed)
+        self.v_proj = _Linear(f"{name}.v_proj", weights, config.qkv_bias, transposed)
+        self.o_proj = _Linear(f"{name}.o_proj", weights, config.output_bias, transposed)
+        half = config.head_dim // 2
+        eye = np.eye(half, dtype=np.float32)
+        self.rotation = Tensor(np.block([[np.zeros_like(eye), eye], [-eye, np.zeros_like(eye)]]))
+
+    def _projected(self, x, cos, sin):
+        query = self.q_proj(x).reshape(-1, self.heads, self.width)
+        key = self.k_proj(x).reshape(-1, self.kv_heads, self.width)
+        value = self.v_proj(x).reshape(-1, self.kv_heads, self.width)
+        query = kernels.rotate(query, cos, sin, self.rotation)
+        return query, kernels.rotate(key, cos, sin, self.rotation), value
+
+    def construct(self, x, cos, sin, mask):
+        """x [B*T, H] -> ([B*T, H], key and value [B, Hkv, T, D])."""
+        query, key, value = self._projected(x, cos, sin)
+        batch, length = mask.shape[0], mask.shape[2]
+        key = key.reshape(batch, length, self.kv_heads, self.width).transpose(0, 2, 1, 3)
+        value = value.reshape(batch, length, self.kv_heads, self.width).transpose(0, 2, 1, 3)
+        query = query.reshape(batch, length, self.heads, self.width)
+        return self.o_proj(kernels.attention(query, key, value, mask, self.scale)), key, value
+
+    def decode(self, x, cos, sin, mask, rows, key_cache, value_cache):
+        query, key, value = self._projected(x, cos, sin)
+        out = kernels.cached_attention(query, key, value, key_cache, value_cache, rows, mask, self.scale)
+        return self.o_proj(out)
+
+
+class _FeedForward(nn.Cell):
+    def __init__(self, config: DecoderConfig, name: str, weights: Weights, transposed: bool):
+        super().__init__(auto_prefix=False)
+        self.gate_proj = _Linear(f"{name}.gate_proj", weights, False, transposed)
+        self.up_proj = _Linear(f"{name}.up_proj", weights, False, transposed)
+        self.down_proj = _Linear(f"{name}.down_proj", weights, False, transposed)
+
+    def construct(self, x):
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class _Layer(nn.Cell):
+    def __init__(self, config: DecoderConfig, name: str, weights: Weights, transposed: bool):
+        super().__init__(auto_prefix=False)
+        self.input_layernorm = _Norm(f"{name}.input_layernorm", weights, config.norm_epsilon)
+        self.self_attn = _Attention(config, f"{name}.self_attn", weights, transposed)
+        self.post_attention_layernorm = _Norm(f"{name}.post_attention_layernorm", weights, config.norm_epsilon)
+        self.mlp = _FeedForward(config, f"{name}.mlp", weights, transposed)
+
+    def construct(self, x, cos, sin, mask):
+        attended, key, value = self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), key, value
+
+    def decode(self, x, cos, sin, mask, rows, key_cache, value_cache):
+        x = x + self.self_attn.decode(self.input_layernorm(x), cos, sin, mask, rows, key_cache, value_cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Cell):
+    """Tokens to hidden states and logits.
+
+    transposed: projection weights are stored [in, out] instead of Hugging Face's [out, in]. On a CPU few rows
+    (decoding) are twice as fast that way and many rows (training) are slower, so a generator has its own decoder and
+    gets the policy's weights by `sync_weights`.
+    """
+
+    def __init__(self, config: DecoderConfig, weights: Weights, transposed: bool = False):
+        super().__init__(auto_prefix=False)
+        self.config = config
+        self.transposed = transposed
+        embedding = weights("model.embed_tokens.weight")
+        self.embedding = _parameter(embedding, "model.embed_tokens.weight")
+        self.layers = nn.CellList(
+            [_Layer(config, f"model.layers.{i}", weights, transposed) for i in range(config.num_layers)],
+            auto_prefix=False,
+        )
+        self.norm = _Norm("model.norm", weights, config.norm_epsilon)
+        self.tied = config.tie_embeddings and not transposed
+        if not self.tied:
+            head = embedding if config.tie_embeddings else weights("lm_head.weight")
+            self.head = _parameter(np.ascontiguousarray(head.T) if transposed else head, "lm_head.weight")
+        cos, sin = rope_tables(config)
+        self.cos, self.sin = Tensor(cos), Tensor(sin)
+
+    def _rope(self, positions):
+        flat = positions.reshape(-1)
+        return ops.gather(self.cos, flat, 0).expand_dims(1), ops.gather(self.sin, flat, 0).expand_dims(1)
+
+    def construct(self, tokens, positions, segments):
+        """tokens, positions, segments [B, T] int32 (see PackedRows) -> normalised hidden states [B*T, H] float32."""
+        cos, sin = self._rope(positions)
+        mask = kernels.visible(positions, segments)
+        x = ops.gather(self.embedding, tokens.reshape(-1), 0)
+        for layer in self.layers:
+            x, _, _ = layer(x, cos, sin, mask)
+        return self.norm(x)
+
+    def prefill(self, tokens, positions, segments):
+        """The same rows -> key and value [B, Hkv, T, D] of every layer, in the order key, value, key, value..."""
+        cos, sin = self._rope(positions)
+        mask = kernels.visible(positions, segments)
+        x = ops.gather(self.embedding, tokens.reshape(-1), 0)
+        cached = ()
+        for layer in self.layers:
+            x, key, value = layer(x, cos, sin, mask)
+            cached = cached + (key, value)
+        return cached
+
+    def decode(self, tokens, positions, rows, mask, key_caches, value_caches):
+        """One token a slot: tokens, positions [S] int32, rows and mask as in kernels.cached_attention -> [S, H]."""
+        cos, sin = self._rope(positions)
+        x = ops.gather(self.embedding, tokens, 0)
+        for i in range(len(self.layers)):
+            x = self.layers[i].decode(x, cos, sin, mask, rows, key_caches[i], value_caches[i])
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """hidden [M, H] -> [M, vocabulary] float32."""
+        if self.tied:
+            return kernels.linear(hidden, self.embedding, None, False)
+        return kernels.linear(hidden, self.head, None, self.transposed)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and float32 array, Hugging Face's names, shapes and order; views of the parameters where possible."""
+        own = {parameter.name: parameter for parameter in self.get_parameters()}
+        for name in expected_shapes(self.config):
+            yield name, self._as_stored(own[name])
+
+    def weights(self, name: str) -> np.ndarray:
+        """The parameter of that name: a decoder can be built from another one's weights."""
+        own = {parameter.name: parameter for parameter in self.get_parameters()}
+        return self._as_stored(own[name])
+
+    def load(self, weights: Weights) -> None:
+        """New values for every parameter. Compiled cells that use them see the new values without recompiling."""
+        for parameter in self.get_parameters():
+            name = "model.embed_tokens.weight" if self._is_tied_head(parameter.name) else parameter.name
+            array = weights(name)
+            if self._is_transposed(parameter.name):
+                array = array.T
+            # A copy: set_data adopts the array, and two decoders must not share one.
+            parameter.set_data(Tensor.from_numpy(np.array(array, np.float32, order="C")))
+
+    def _is_tied_head(self, name: str) -> bool:
+        return self.config.tie_embeddings and name == "lm_head.weight"
+
+    def _is_transposed(self, name: str) -> bool:
+        return self.transposed and (name.endswith("_proj.weight") or name == "lm_head.weight")
+
+    def _as_stored(self, parameter: Parameter) -> np.ndarray:
+        array = parameter.asnumpy()
+        return array.T if self._is_transposed(parameter.name) else array
+
+
+def _parameter(array: np.ndarray, name: str) -> Parameter:
+    return Parameter(Tensor(np.ascontiguousarray(array, dtype=np.float32), ms.float32), name=name)

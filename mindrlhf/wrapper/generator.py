@@ -1,0 +1,273 @@
+"""Incremental inference: prompts to answers, with a KV cache and slots that are refilled as answers finish.
+
+Three graphs, each of a fixed shape: prefill (a batch of prompts to keys and values), insert (those into the slots'
+caches, one prompt to all of its answers) and decode (one token for every slot). The first token of an answer comes
+from the decode graph too, fed with the prompt's last token, so every sampled token takes the same path.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindrlhf.config import SamplingConfig
+from mindrlhf.errors import UserError
+from mindrlhf.models import kernels
+from mindrlhf.models.decoder import Decoder
+from mindrlhf.types import Prompt, Rollout
+from mindrlhf.wrapper.sampling import check_sampling, mix, next_token, uniforms
+
+
+class _Prefill(nn.Cell):
+    def __init__(self, decoder: Decoder):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+
+    def construct(self, tokens, positions, segments):
+        return self.decoder.prefill(tokens, positions, segments)
+
+
+class _Insert(nn.Cell):
+    """Keys and values of prefilled prompts into the caches of slots."""
+
+    def __init__(self, caches):
+        super().__init__(auto_prefix=False)
+        self.caches = ms.ParameterTuple(caches)
+        self.scatter_update = ops.ScatterUpdate()
+
+    def construct(self, source, rows, *cached):
+        """source [n] int32: which prompt; rows [n*Hkv*P] int32: where in the cache; cached: [B, Hkv, P, D] each."""
+        done = ()
+        for i in range(len(self.caches)):
+            width = cached[i].shape[3]
+            values = ops.gather(cached[i], source, 0).reshape(-1, width)
+            done = done + (self.scatter_update(self.caches[i], rows, values)[0, 0],)
+        return done
+
+
+class _Decode(nn.Cell):
+    """One token for every slot."""
+
+    def __init__(self, decoder: Decoder, caches, slots: int, length: int, features: tuple[str, ...]):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+        self.key_caches = ms.ParameterTuple(caches[0::2])
+        self.value_caches = ms.ParameterTuple(caches[1::2])
+        self.kv_heads = decoder.config.num_kv_heads
+        self.first_row = Tensor(np.arange(slots * self.kv_heads, dtype=np.int32)[None] * length).reshape(slots, -1)
+        self.range = Tensor(np.arange(length, dtype=np.int32)[None])
+        self.features = features
+
+    def construct(self, tokens, positions, uniform, temperature, top_k, top_p, min_p, penalty, seen):
+        rows = (self.first_row + positions.expand_dims(1)).reshape(-1)
+        mask = (ops.cast(self.range > positions.expand_dims(1), ms.float32) * kernels.MASKED).expand_dims(1)
+        hidden = self.decoder.decode(tokens, positions, rows, mask, self.key_caches, self.value_caches)
+        logits = self.decoder.logits(hidden)
+        if "penalty" in self.features:
+            factor = ops.select(logits > 0, 1.0 / penalty * ops.ones_like(logits), penalty * ops.ones_like(logits))
+            logits = logits + seen * (logits * factor - logits)
+        return next_token(logits, uniform, temperature, top_k, top_p, min_p, self.features)
+
+
+@dataclass
+class _Task:
+    """One answer that waits for a slot."""
+
+    prompt: int  # index in the call
+    sample: int
+    row: int  # of the prefilled batch
+
+
+class Generator:
+    """Answers prompts with a decoder of its own.
+
+    policy: the decoder that is trained; `sync` copies its weights. slots: answers decoded at the same time.
+    max_prompt_tokens and max_tokens: what the caches hold, fixed so that nothing recompiles. stop_ids: tokens that
+    end an answer; they stay in it.
+    """
+
+    prefill_rows = 8  # prompts a prefill; a constant, so that one graph serves any number of them
+
+    def __init__(
+        self, policy: Decoder, slots: int, max_prompt_tokens: int, max_tokens: int, stop_ids: Sequence[int] = ()
+    ):
+        self.policy, self.slots, self.stop_ids = policy, slots, np.array(sorted(stop_ids), np.int32)
+        self.max_prompt_tokens, self.max_tokens = max_prompt_tokens, max_tokens
+        self.insert_rows = max(1, slots // 8)  # slots an insertion: it costs about as much as a decode step
+        self.length = math.ceil((max_prompt_tokens + max_tokens) / 64) * 64
+        config = policy.config
+        if max_prompt_tokens + max_tokens > config.max_positions:
+            raise UserError(
+                f"max_prompt_tokens {max_prompt_tokens} + max_tokens {max_tokens} is over the model's window of "
+                f"{config.max_positions} positions (max_position_embeddings); lower one of them"
+            )
+        self.length = min(self.length, config.max_positions)
+        self.decoder = Decoder(config, policy.weights, transposed=True)
+        shape = (slots * config.num_kv_heads * self.length, config.head_dim)
+        self._caches = [
+            Parameter(Tensor(np.zeros(shape, np.float32)), name=f"cache.{layer}.{kind}", requires_grad=False)
+            for layer in range(config.num_layers)
+            for kind in ("key", "value")
+        ]
+        self._prefill = _Prefill(self.decoder)
+        self._insert = _Insert(self._caches)
+        self._decode: dict[tuple[str, ...], _Decode] = {}
+        self.decode_steps = 0  # decode graphs run so far, for benchmarks and tests of slot use
+        self.prefilled = 0  # prompts prefilled so far
+
+    def sync(self) -> None:
+        """Copy the policy's weights in, laid out for decoding."""
+        self.decoder.load(self.policy.weights)
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_generations: int, sampling: SamplingConfig, seed: int
+    ) -> list[Rollout]:
+        """num_generations answers to each prompt, in the order of the prompts; group is the prompt's index here.
+
+        Raises UserError for a prompt over max_prompt_tokens and for sampling parameters out of range.
+        """
+        check_sampling(sampling)
+        if sampling.max_tokens > self.max_tokens:
+            raise UserError(f"sampling.max_tokens {sampling.max_tokens} is over the generator's {self.max_tokens}")
+        for prompt in prompts:
+            if not 0 < len(prompt.ids) <= self.max_prompt_tokens:
+                raise UserError(
+                    f"prompt {prompt.key} has {len(prompt.ids)} tokens; the window takes 1 to {self.max_prompt_tokens} "
+                    "(rollout.max_prompt_tokens)"
+                )
+        return _Call(self, prompts, num_generations, sampling, seed).run()
+
+    def _decode_cell(self, sampling: SamplingConfig) -> _Decode:
+        features = () if sampling.repetition_penalty == 1 else ("penalty",)
+        if sampling.temperature == 0:
+            features += ("greedy",)
+        else:
+            on = (("top_k", sampling.top_k > 0), ("top_p", sampling.top_p < 1), ("min_p", sampling.min_p > 0))
+            features += tuple(name for name, is_on in on if is_on)
+        if features not in self._decode:
+            self._decode[features] = _Decode(self.decoder, self._caches, self.slots, self.length, features)
+        return self._decode[features]
+
+
+class _Call:
+    """The state of one `generate`: which slot answers what, and what it has said so far."""
+
+    def __init__(self, generator: Generator, prompts, num_generations: int, sampling: SamplingConfig, seed: int):
+        self.generator, self.prompts, self.sampling, self.seed = generator, prompts, sampling, seed
+        self.num_generations = num_generations
+        slots, vocabulary = generator.slots, generator.policy.config.vocab_size
+        self.cell = generator._decode_cell(sampling)
+        self.waiting_prompts = deque(range(len(prompts)))
+        self.waiting: deque[_Task] = deque()
+        self.cached = ()  # keys and values of the prompts that self.waiting stands on
+        self.task: list[_Task | None] = [None] * slots
+        self.token = np.zeros(slots, np.int32)
+        self.position = np.zeros(slots, np.int32)
+        self.length = np.zeros(slots, np.int32)
+        self.key = np.zeros(slots, np.uint64)
+        self.response = np.zeros((slots, sampling.max_tokens), np.int32)
+        self.logprob = np.zeros((slots, sampling.max_tokens), np.float32)
+        self.seen = np.zeros((slots, vocabulary) if "penalty" in self.cell.features else (1, 1), np.float32)
+        self.done: dict[tuple[int, int], Rollout] = {}
+        self.prompt_bucket = _bucket(max((len(prompt.ids) for prompt in prompts), default=1), generator.length)
+        self.scalars = [
+            Tensor(value, dtype)
+            for value, dtype in (
+                (sampling.temperature or 1.0, ms.float32),
+                (sampling.top_k, ms.float32),
+                (sampling.top_p, ms.float32),
+                (sampling.min_p, ms.float32),
+                (sampling.repetition_penalty, ms.float32),
+            )
+        ]
+
+    def run(self) -> list[Rollout]:
+        slots = self.generator.slots
+        while self.waiting_prompts or self.waiting or any(self.task):
+            free = [slot for slot in range(slots) if self.task[slot] is None]
+            if len(free) >= self.generator.insert_rows:
+                self._refill(free)
+            self._step()
+        keys = ((p, s) for p in range(len(self.prompts)) for s in range(self.num_generations))
+        return [self.done[key] for key in keys]
+
+    def _refill(self, free: list[int]) -> None:
+        while free and (self.waiting or self.waiting_prompts):
+            if not self.waiting:
+                self._prefill()
+            count = min(len(free), len(self.waiting), self.generator.insert_rows)
+            taken, free = free[:count], free[count:]
+            tasks = [self.waiting.popleft() for _ in range(count)]
+            self._insert(taken, tasks)
+
+    def _prefill(self) -> None:
+        """The next prompts, but for their last token, which the first decode step feeds."""
+        rows, width = self.generator.prefill_rows, self.prompt_bucket
+        taken = [self.waiting_prompts.popleft() for _ in range(min(rows, len(self.waiting_prompts)))]
+        tokens, segments = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
+        for row, index in enumerate(taken):
+            ids = self.prompts[index].ids[:-1]
+            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+            self.waiting.extend(_Task(index, sample, row) for sample in range(self.num_generations))
+        positions = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width)).copy()
+        self.cached = self.generator._prefill(Tensor(tokens), Tensor(positions), Tensor(segments))
+        self.generator.prefilled += len(taken)
+
+    def _insert(self, slots: list[int], tasks: list[_Task]) -> None:
+        generator, width = self.generator, self.prompt_bucket
+        kv_heads = generator.policy.config.num_kv_heads
+        # A graph of fixed shape: the last insertion repeated, which writes the same again.
+        padding = generator.insert_rows - len(slots)
+        target = np.array(slots + slots[-1:] * padding, np.int32)
+        source = np.array([task.row for task in tasks] + [tasks[-1].row] * padding, np.int32)
+        first = (target[:, None] * kv_heads + np.arange(kv_heads, dtype=np.int32)) * generator.length
+        rows = (first[:, :, None] + np.arange(width, dtype=np.int32)).reshape(-1)
+        generator._insert(Tensor(source), Tensor(rows), *self.cached)
+        for slot, task in zip(slots, tasks, strict=True):
+            prompt = self.prompts[task.prompt]
+            self.task[slot] = task
+            self.token[slot], self.position[slot], self.length[slot] = prompt.ids[-1], len(prompt.ids) - 1, 0
+            self.key[slot] = mix(self.seed, prompt.key, task.sample)
+            if "penalty" in self.cell.features:
+                self.seen[slot] = 0
+                self.seen[slot, prompt.ids] = 1
+
+    def _step(self) -> None:
+        draw = uniforms(mix(self.key, self.length))
+        inputs = (self.token, self.position, draw)
+        token, logprob = self.cell(*(Tensor(a) for a in inputs), *self.scalars, Tensor(self.seen))
+        token, logprob = token.asnumpy(), logprob.asnumpy()
+        self.generator.decode_steps += 1
+        active = np.array([task is not None for task in self.task])
+        rows = np.flatnonzero(active)
+        self.response[rows, self.length[rows]] = token[rows]
+        self.logprob[rows, self.length[rows]] = logprob[rows]
+        self.token[rows] = token[rows]
+        self.position[rows] += 1
+        self.length[rows] += 1
+        if "penalty" in self.cell.features:
+            self.seen[rows, token[rows]] = 1
+        stopped = np.isin(token, self.generator.stop_ids)
+        for slot in np.flatnonzero(active & (stopped | (self.length >= self.sampling.max_tokens))):
+            self._finish(slot, bool(stopped[slot]))
+
+    def _finish(self, slot: int, finished: bool) -> None:
+        task, count = self.task[slot], self.length[slot]
+        self.done[task.prompt, task.sample] = Rollout(
+            prompt_ids=self.prompts[task.prompt].ids,
+            response_ids=self.response[slot, :count].copy(),
+            sampled_logprobs=self.logprob[slot, :count].copy(),
+            finished=finished,
+            group=task.prompt,
+        )
+        self.task[slot] = None
+        self.token[slot] = self.position[slot] = 0
+
+
+def _bucket(length: int, most: int) -> int:
+    """The next power of two, at least 8: few shapes, few compilations."""
+    return min(max(8, 1 << (length - 1).bit_length()), most)

@@ -1,0 +1,39 @@
+"""Log-probs of given answers under a decoder: for the reference policy, and inside every objective."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mindrlhf.losses import logprobs_and_entropy
+from mindrlhf.models.decoder import Decoder
+from mindrlhf.types import PackedRows
+
+
+def target_logprobs(decoder, tokens, positions, segments, index, labels, temperature, entropy_gradient: bool):
+    """Log-prob of labels [N] and entropy [N], float32, at the N target positions only: the head runs nowhere else."""
+    hidden = decoder(tokens, positions, segments)
+    return logprobs_and_entropy(
+        decoder.logits(ops.gather(hidden, index, 0)), labels, temperature, entropy_gradient=entropy_gradient
+    )
+
+
+class Scorer(nn.Cell):
+    """Log-probs [N] and entropy [N] of a micro-batch of packed rows."""
+
+    def __init__(self, decoder: Decoder, temperature: float):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+        self.temperature = temperature
+
+    def construct(self, tokens, positions, segments, index, labels):
+        return target_logprobs(self.decoder, tokens, positions, segments, index, labels, self.temperature, False)
+
+    def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
+        """Log-probs [N] float32 of each micro-batch; 0 on padding."""
+        scored = []
+        for batch in batches:
+            inputs = (batch.tokens, batch.positions, batch.segments, batch.index, batch.labels)
+            logprobs, _ = self(*(Tensor(array) for array in inputs))
+            scored.append(logprobs.asnumpy() * batch.mask)
+        return scored

@@ -1,0 +1,141 @@
+"""One optimizer step: gradients over micro-batches, global-norm clip, AdamW; what is not finite is skipped and named."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindrlhf.config import OptimizerConfig
+
+
+class StepResult(NamedTuple):
+    loss: float  # sum over the micro-batches: the weights are computed over the whole step
+    metrics: dict[str, float]  # the objective's sums; names that end in _max are maxima
+    gradient_norm: float  # global, before the clip
+    skipped: str  # empty, or the first tensor whose loss or gradient is not finite
+
+
+class _Accumulate(nn.Cell):
+    """Gradients of one micro-batch, added to the buffers."""
+
+    def __init__(self, objective: nn.Cell, parameters, buffers):
+        super().__init__(auto_prefix=False)
+        self.buffers = buffers
+        self.gradient = ms.value_and_grad(objective, None, parameters, has_aux=True)
+
+    def construct(self, *batch):
+        (loss, metrics), gradients = self.gradient(*batch)
+        for i in range(len(self.buffers)):
+            loss = ops.depend(loss, ops.assign_add(self.buffers[i], gradients[i]))
+        return loss, metrics
+
+
+class _SquaredNorms(nn.Cell):
+    def __init__(self, buffers):
+        super().__init__(auto_prefix=False)
+        self.buffers = buffers
+
+    def construct(self):
+        norms = ()
+        for i in range(len(self.buffers)):
+            norms = norms + ((self.buffers[i] * self.buffers[i]).sum().reshape(1),)
+        return ops.concat(norms)
+
+
+class _Update(nn.Cell):
+    """AdamW on every parameter, the gradient buffers zeroed behind it."""
+
+    def __init__(self, parameters, buffers, first_moments, second_moments, decayed: Sequence[bool], beta1, beta2):
+        super().__init__(auto_prefix=False)
+        self.parameters, self.buffers = parameters, buffers
+        self.first, self.second = first_moments, second_moments
+        self.decayed = tuple(decayed)
+        self.beta1, self.beta2 = Tensor(beta1, ms.float32), Tensor(beta2, ms.float32)
+        self.adam = ops.AdamWeightDecay()
+
+    def construct(self, scale, learning_rate, epsilon, decay, zero):
+        done = zero
+        for i in range(len(self.parameters)):
+            gradient = self.buffers[i] * scale
+            step = self.adam(
+                self.parameters[i], self.first[i], self.second[i], learning_rate, self.beta1, self.beta2, epsilon,
+                decay if self.decayed[i] else zero, gradient,
+            )  # fmt: skip
+            done = ops.depend(done, (step, ops.assign(self.buffers[i], ops.zeros_like(gradient))))
+        return done
+
+
+class TrainStep:
+    """Compiled training of an objective's parameters.
+
+    objective: a Cell; objective(*batch) returns (loss, {name: scalar sum}). The loss is the sum over micro-batches,
+    since every batch carries weights that were computed over the whole step.
+    AdamW is Loshchilov and Hutter 2019 (arXiv 1711.05101) as torch computes it, decay on matrices only.
+    """
+
+    def __init__(self, objective: nn.Cell, parameters: Sequence[Parameter], optimizer: OptimizerConfig):
+        self.optimizer = optimizer
+        self.parameters = ms.ParameterTuple(parameters)
+        self.names = [parameter.name for parameter in parameters]
+        self._buffers = self.parameters.clone(prefix="gradient", init="zeros")
+        self._first = self.parameters.clone(prefix="first_moment", init="zeros")
+        self._second = self.parameters.clone(prefix="second_moment", init="zeros")
+        self._accumulate = _Accumulate(objective, self.parameters, self._buffers)
+        self._squared_norms = _SquaredNorms(self._buffers)
+        decayed = [len(parameter.shape) > 1 for parameter in parameters]
+        betas = (optimizer.beta1, optimizer.beta2)
+        self._update = _Update(self.parameters, self._buffers, self._first, self._second, decayed, *betas)
+        self.updates = 0  # optimizer steps taken
+        self.skipped = 0  # and those skipped because a number was not finite
+
+    def __call__(self, batches: Sequence[NamedTuple], learning_rate: float) -> StepResult:
+        """One optimizer step over the micro-batches."""
+        loss, metrics = 0.0, {}
+        for batch in batches:
+            micro_loss, sums = self._accumulate(*(Tensor(array) for array in batch))
+            loss += float(micro_loss.asnumpy())
+            for name, value in sums.items():
+                value = float(value.asnumpy())
+                known = metrics.get(name, value if name.endswith("_max") else 0.0)
+                metrics[name] = max(known, value) if name.endswith("_max") else known + value
+        norms = np.sqrt(self._squared_norms().asnumpy().astype(np.float64))
+        norm = float(np.sqrt(np.sum(norms**2)))
+        if not (np.isfinite(norm) and np.isfinite(loss)):
+            self.skipped += 1
+            for buffer in self._buffers:
+                buffer.set_data(Tensor(np.zeros(buffer.shape, np.float32)))
+            bad = [name for name, value in zip(self.names, norms, strict=True) if not np.isfinite(value)]
+            return StepResult(loss, metrics, norm, bad[0] if bad else "loss")
+        limit = self.optimizer.max_grad_norm
+        self._apply(learning_rate, min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0)
+        return StepResult(loss, metrics, norm, "")
+
+    def _apply(self, learning_rate: float, scale: float) -> None:
+        """AdamWeightDecay has no bias correction: it is folded into its learning rate, epsilon and decay."""
+        self.updates += 1
+        optimizer = self.optimizer
+        correction1 = 1 - optimizer.beta1**self.updates
+        correction2 = (1 - optimizer.beta2**self.updates) ** 0.5
+        numbers = (
+            scale,
+            learning_rate * correction2 / correction1,
+            optimizer.epsilon * correction2,
+            optimizer.weight_decay * correction1 / correction2,
+            0.0,
+        )
+        self._update(*(Tensor(number, ms.float32) for number in numbers)).asnumpy()
+
+    def state(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Adam's moments, by parameter name, for a checkpoint."""
+        for kind, moments in (("first_moment", self._first), ("second_moment", self._second)):
+            for name, moment in zip(self.names, moments, strict=True):
+                yield f"{kind}.{name}", moment.asnumpy()
+
+    def load_state(self, read, updates: int, skipped: int = 0) -> None:
+        """read: name -> array, the inverse of `state`."""
+        self.updates, self.skipped = updates, skipped
+        for kind, moments in (("first_moment", self._first), ("second_moment", self._second)):
+            for name, moment in zip(self.names, moments, strict=True):
+                moment.set_data(Tensor(np.array(read(f"{kind}.{name}"), np.float32)))
