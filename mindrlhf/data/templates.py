@@ -1,0 +1,79 @@
+"""From a data set's column to the text that the model reads."""
+
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from mindrlhf.config import DataConfig
+from mindrlhf.data.readers import Row, UnusableRows, column, read_rows
+from mindrlhf.errors import UserError
+
+
+def render_prompt(value: str | list[dict], data_config: DataConfig, tokenizer: Any, where: str = "prompt") -> str:
+    """The prompt as text, ready to be tokenised without adding special tokens.
+
+    With `apply_chat_template` the tokenizer's jinja template (Hugging Face runs it in a sandbox) renders the
+    conversation and opens the assistant's turn: a string is one user message, a list of messages is taken as it is.
+    `system_prompt` goes before both, unless the list starts with a system message of its own.
+    Otherwise `input_template` with its first "{}" replaced by the string.
+
+    Raises UserError; `where` is the row that its message names.
+    """
+    if not data_config.apply_chat_template:
+        return _fill_input_template(value, data_config.input_template, where)
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "data.apply_chat_template: the tokenizer has no chat template; add chat_template to its "
+            "tokenizer_config.json or model.build.chat_template, or set data.apply_chat_template: false"
+        )
+    messages = _checked_messages([{"role": "user", "content": value}] if isinstance(value, str) else value, where)
+    if data_config.system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": data_config.system_prompt}, *messages]
+
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # the template's own checks, such as roles that must alternate
+        raise UserError(f"{where}: the chat template refuses the messages: {error}; mend the row") from None
+
+
+def render_rows(path: Path, data: DataConfig, tokenizer: Any, unusable: UnusableRows) -> list[tuple[Row, str]]:
+    """The rows of one file, each with its prompt rendered; rows with an empty prompt go to `unusable`."""
+    rendered = []
+    for row in read_rows(path, data.max_rows):
+        value = column(row, data.prompt_key, "data.prompt_key")
+        if is_empty(value):
+            unusable.refuse(row, "empty prompt", f"column {data.prompt_key!r} is empty; fill it")
+            continue
+        where = f"{row.where}: column {data.prompt_key!r}"
+        rendered.append((row, render_prompt(value, data, tokenizer, where)))
+    return rendered
+
+
+def is_empty(value: Any) -> bool:
+    """True for null, blank text and a list without elements."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _fill_input_template(value: Any, template: str, where: str) -> str:
+    if "{}" not in template:
+        raise UserError(f'data.input_template: {template!r} has no "{{}}"; write "{{}}" where the prompt goes')
+    if isinstance(value, list):
+        raise UserError(f"{where}: a list of messages needs a chat template; set data.apply_chat_template: true")
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {reprlib.repr(value)} is not text; write it as a string")
+    return template.replace("{}", value, 1)  # str.format would trip over braces in the prompt's mathematics
+
+
+def _checked_messages(value: Any, where: str) -> list[dict]:
+    if not isinstance(value, list):
+        raise UserError(f"{where}: {reprlib.repr(value)} is neither text nor a list of messages; write one of them")
+    if not value:
+        raise UserError(f"{where}: the list of messages is empty; add a user message")
+    for number, message in enumerate(value, 1):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                form = '{"role": "user", "content": "text"}'
+                raise UserError(f"{where}: message {number} has no text {key!r}; write it as {form}")
+    return value

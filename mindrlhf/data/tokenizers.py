@@ -1,0 +1,159 @@
+"""Tokenizers: train one, load one, tokenise texts, and which tokens end an answer."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindrlhf.data.readers import read_rows
+from mindrlhf.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = [END_OF_TEXT, "<|im_start|>", "<|im_end|>"]
+SMALLEST_VOCABULARY = 260  # 256 bytes, the special tokens, one merge
+
+# Qwen2's: contractions, words, single digits, punctuation, line ends, spaces.
+_WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ROW_FILES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+def build_tokenizer(files: list[str | Path], vocab_size: int, directory: str | Path, chat_template: str = "") -> None:
+    """Train a byte-level BPE of Qwen2's form on the files and write it into `directory`.
+
+    Of data set files (.json, .jsonl, .csv, .parquet) all strings of the rows are read, of any other file its text.
+    Ids: 256 bytes, merges, then the special tokens. There are `vocab_size` of them, or fewer where the text has too
+    few merges. The same files give the same bytes. Writes what transformers.AutoTokenizer loads
+    (tokenizer.json, tokenizer_config.json, special_tokens_map.json) and what Qwen2Tokenizer does (vocab.json,
+    merges.txt).
+
+    Raises UserError for a vocabulary below 260, no files, a missing file and text that is not UTF-8.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        problem = f"{vocab_size} is too small for 256 bytes and the special tokens"
+        raise UserError(f"model.build.vocab_size: {problem}; use {SMALLEST_VOCABULARY} or more")
+    if not files:
+        raise UserError("model.build.tokenizer_files: no files; list at least one to train the tokenizer on")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (text for file in files for text in _texts(Path(file)))
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    _write(tokenizer, Path(directory), chat_template)
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The Hugging Face tokenizer of a local directory; code that comes with a checkpoint is never run.
+
+    Raises UserError for a directory without tokenizer files and for files that transformers cannot read.
+    """
+    directory = Path(directory)
+    vocabularies = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    if not any((directory / name).is_file() for name in vocabularies):
+        expected = "tokenizer.json (or vocab.json and merges.txt, or tokenizer.model) and tokenizer_config.json"
+        raise UserError(f"{directory}: no tokenizer here; expected {expected}; set model.tokenizer to their directory")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else: "PyTorch was not found" at import
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: transformers cannot read the tokenizer: {error}") from None
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+    """Each text as [n] int32 ids; special tokens are those that the text itself holds, none are added."""
+    if not texts:
+        return []
+    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [np.array(row, dtype=np.int32) for row in rows]
+
+
+def stop_ids(tokenizer: Any, generation_config_eos: list[int] | None, stop: list[str]) -> tuple[int, ...]:
+    """Ids of the tokens that end an answer: the tokenizer's, the generation config's, the configured; each once.
+
+    Raises UserError for a configured string that is not exactly one token.
+    """
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids += generation_config_eos or []
+    for text, tokens in zip(stop, encode(tokenizer, stop), strict=True):
+        if len(tokens) != 1:
+            problem = f"{text!r} is {len(tokens)} tokens in this tokenizer, a stop is exactly one"
+            raise UserError(f"rollout.sampling.stop: {problem}; use a token such as {tokenizer.eos_token!r}")
+        ids.append(int(tokens[0]))
+    return tuple(dict.fromkeys(ids))
+
+
+def _texts(file: Path) -> Iterator[str]:
+    if file.suffix.lower() in _ROW_FILES:
+        for row in read_rows(file):
+            yield from _strings(row.values)
+        return
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; mend model.build.tokenizer_files")
+    try:
+        yield file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in nested lists and objects, such as a column of chat messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _write(tokenizer: Any, directory: Path, chat_template: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer.model.save(str(directory))  # vocab.json and merges.txt, without the special tokens, as Qwen2's
+    special = {
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "additional_special_tokens": SPECIAL_TOKENS[1:],
+    }
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "split_special_tokens": False,
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token)): {"content": token, **flags} for token in SPECIAL_TOKENS
+        },
+        **special,
+    }
+    if chat_template:
+        config["chat_template"] = chat_template
+    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (directory / name).write_text(text + "\n", encoding="utf-8")
