@@ -17,6 +17,10 @@ import yaml
 
 from mindrlhf.errors import UserError
 
+# Read from a YAML they are relative to its directory, from an override to the current one; made absolute on reading.
+PathText = typing.NewType("PathText", str)
+FunctionText = typing.NewType("FunctionText", str)  # a name, or path.py:function
+
 
 @dataclass
 class BuildConfig:
@@ -24,23 +28,23 @@ class BuildConfig:
 
     decoder: dict[str, Any] = field(default_factory=dict)  # keys of a Hugging Face config.json, model_type included
     vocab_size: int = 320  # of the byte-level BPE trained on tokenizer_files; at least 260
-    tokenizer_files: list[str] = field(default_factory=list)  # any text; relative to the YAML
+    tokenizer_files: list[PathText] = field(default_factory=list)  # any text
     chat_template: str = ""  # jinja; empty: none
 
 
 @dataclass
 class ModelConfig:
-    path: str = ""  # a Hugging Face checkpoint directory; empty: build
+    path: PathText = ""  # a Hugging Face checkpoint directory; empty: build
     build: BuildConfig = field(default_factory=BuildConfig)
-    tokenizer: str = ""  # a tokenizer directory; empty: the checkpoint's own
-    reference: str = ""  # checkpoint of the reference policy; empty: the policy as training starts
+    tokenizer: PathText = ""  # a tokenizer directory; empty: the checkpoint's own
+    reference: PathText = ""  # checkpoint of the reference policy; empty: the policy as training starts
 
 
 @dataclass
 class SourceConfig:
     """One data set file."""
 
-    path: str = ""  # .json, .jsonl, .csv or .parquet; relative to the YAML
+    path: PathText = ""  # .json, .jsonl, .csv or .parquet
     probability: float = 1.0  # share of this file among the training sources, normalised to 1
 
 
@@ -55,7 +59,7 @@ class DataConfig:
     system_prompt: str = ""  # put before every conversation when the chat template is used
     input_template: str = "{}"  # otherwise: "{}" is where the prompt goes
     max_rows: int = 0  # first rows of each file only; 0: all
-    strict: bool = True  # False: prompts longer than the window are skipped and counted instead of an error
+    strict: bool = True  # False: rows that are empty or longer than the window are skipped and counted
 
 
 @dataclass
@@ -63,7 +67,7 @@ class WarmupConfig:
     """Supervised training before the online stage."""
 
     steps: int = 0  # optimizer steps; 0: no warm-up
-    train: list[SourceConfig] = field(default_factory=list)
+    train: list[SourceConfig] = field(default_factory=list)  # of prompt_key and response_key
     batch_size: int = 64  # conversations an optimizer step
     learning_rate: float = 1e-3
     warmup_steps: int = 0  # linear rise of the learning rate
@@ -93,7 +97,7 @@ class RolloutConfig:
 class RewardConfig:
     """One part of the reward."""
 
-    function: str = "accuracy"  # a name of mindrlhf.rewards, or path.py:function
+    function: FunctionText = "accuracy"  # a name of mindrlhf.rewards, or path.py:function
     weight: float = 1.0
 
 
@@ -129,7 +133,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
-    weight_decay: float = 0.0  # on matrices only: never on norms, biases and embeddings
+    weight_decay: float = 0.0  # on matrices only: never on norms and biases
     max_grad_norm: float = 1.0  # global norm; 0: off
 
 
@@ -285,11 +289,15 @@ def _parse(annotation: Any, node: yaml.Node, name: str, source: str) -> Any:
         if not isinstance(value, dict):
             raise _type_error(node, name, source, "a mapping of keys to values")
         return value
+    if annotation in (PathText, FunctionText) and type(value) is str:
+        is_path = bool(value) if annotation is PathText else ".py:" in value
+        base = Path.cwd() if hasattr(node, "override") else Path(source).resolve().parent
+        return str(base / value) if is_path else value
     if annotation is float and type(value) is int:
         return float(value)
     if annotation is Any or type(value) is annotation:
         return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
+    expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(annotation, "text")
     raise _type_error(node, name, source, expected)
 
 

@@ -1,0 +1,2 @@
+def available():
+    return "none yet"

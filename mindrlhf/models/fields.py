@@ -1,0 +1,79 @@
+"""Typed reading of one key of a JSON or YAML mapping: the value, or a UserError naming file, key and fix."""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mindrlhf.errors import UserError
+
+_REQUIRED = object()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where it is missing, not JSON or not an object."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a Hugging Face checkpoint directory")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, not a JSON object; download it again")
+    return values
+
+
+def refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Raises UserError for the first key that is not known, naming the nearest one that is."""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def integer(values: Mapping[str, Any], key: str, where: str, default: Any = _REQUIRED) -> Any:
+    """A whole number, or `default` as it is where the key is absent or null. Raises UserError."""
+    value = _present(values, key, where, default)
+    if value is default:
+        return default
+    if type(value) is not int:
+        raise UserError(f"{where}: {key} is {value!r}; it must be a whole number")
+    return value
+
+
+def number(values: Mapping[str, Any], key: str, where: str, default: Any = _REQUIRED) -> Any:
+    """A finite number as float, or `default` as it is where the key is absent or null. Raises UserError."""
+    value = _present(values, key, where, default)
+    if value is default:
+        return default
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise UserError(f"{where}: {key} is {value!r}; it must be a number")
+    return float(value)
+
+
+def flag(values: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
+    """True or False. Raises UserError for anything else, 0 and 1 among it."""
+    value = _present(values, key, where, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key} is {value!r}; it must be true or false")
+    return value
+
+
+def _present(values: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
+    """The value, or the default where the key is absent or null: Hugging Face writes null for 'not set'."""
+    value = values.get(key)
+    if value is None and default is _REQUIRED:
+        raise UserError(f"{where}: {key} is missing; add it")
+    return default if value is None else value
+
+
+def token_id(values: Mapping[str, Any], key: str, where: str) -> int | tuple[int, ...] | None:
+    """A token id, several as a tuple, or None where the key is absent or null. Raises UserError."""
+    value = values.get(key)
+    ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if any(type(number) is not int for number in ids):
+        raise UserError(f"{where}: {key} is {value!r}; it must be a token id or a list of them")
+    return tuple(ids) if isinstance(value, (list, tuple)) else value

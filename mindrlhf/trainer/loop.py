@@ -1,0 +1,169 @@
+"""What every trainer's run shares: the output directory, resuming, evaluating, logging, saving, stopping."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindrlhf.config import GRPOConfig, config_to_yaml, difference
+from mindrlhf.errors import UserError
+from mindrlhf.models.hf import Source
+from mindrlhf.trainer.roles import Policy
+from mindrlhf.utils.checkpoint import Checkpoints
+from mindrlhf.utils.logging import RunLog
+from mindrlhf.utils.progress import Progress
+from mindrlhf.wrapper.train_step import TrainStep
+
+# What may differ between the run that saved a checkpoint and the one that resumes it.
+RESUMABLE = ("output", "logging.", "trainer.steps", "trainer.epochs", "trainer.save_every", "trainer.evaluate_every",
+             "trainer.keep_checkpoints", "trainer.resume")  # fmt: skip
+
+
+class Trainer(ABC):
+    """Subclasses say what one step, one evaluation and their own state are; `fit` does the rest."""
+
+    config: GRPOConfig
+    policy: Policy
+    train_step: TrainStep
+    step: int = 0  # steps done
+
+    @abstractmethod
+    def total_steps(self) -> int: ...
+
+    @abstractmethod
+    def prepare(self, log: RunLog, progress: Progress) -> None:
+        """Everything between a fresh policy and step 0."""
+
+    @abstractmethod
+    def run_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """One step: metrics, and rows for the dump of completions. self.step is the number of this step, from 0."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out data, by names without the prefix; empty where there is none."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """JSON-able: what besides weights, optimizer and step a resumed run needs."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def close(self, log: RunLog) -> dict[str, Any]:  # noqa: B027 - a hook
+        """Called behind the last evaluation: more for the summary."""
+        return {}
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.output / "checkpoints", self.config.trainer.keep_checkpoints)
+
+    def save_checkpoint(self, state: dict[str, Any] | None = None) -> Path:
+        """Weights, optimizer, step, data position and seed of now, as output/checkpoints/step-N."""
+        state = {
+            "step": self.step,
+            "updates": self.train_step.updates,
+            "skipped": self.train_step.skipped,
+            "config": config_to_yaml(self.config),
+            **(self.state() if state is None else state),
+        }
+        return self.checkpoints.save(self.step, state, self._optimizer_sources(), self.policy.write)
+
+    def _optimizer_sources(self) -> Iterable[Source]:
+        return ((name, array.shape, lambda array=array: array) for name, array in self.train_step.state())
+
+    def resume(self) -> bool:
+        """From the newest whole checkpoint of the output directory, if there is one. Raises UserError where the
+        directory holds another run."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            if (self.output / "metrics.jsonl").exists() and self.config.trainer.resume == "never":
+                raise UserError(f"{self.output}: holds a run already; set output= to another directory or remove it")
+            return False
+        if self.config.trainer.resume == "never":
+            raise UserError(
+                f"{self.output}: holds checkpoints already; set output= to another directory, remove it, or resume "
+                "with trainer.resume=auto"
+            )
+        state, weights, moments = self.checkpoints.read(steps[-1])
+        changed = difference(state["config"], config_to_yaml(self.config), RESUMABLE)
+        if changed:
+            raise UserError(
+                f"{self.output}: holds a run with another configuration ({changed}); set output= to another directory, "
+                "or remove it"
+            )
+        self.step = state["step"]
+        self.policy.decoder.load(weights)
+        self.train_step.load_state(moments, state["updates"], state["skipped"])
+        self.load_state(state)
+        return True
+
+    def fit(self) -> dict[str, Any]:
+        """The whole run; returns what summary.json holds."""
+        started = time.time()
+        resumed = self.resume()
+        total = self.total_steps()
+        logging = self.config.logging
+        first = self.step if resumed else None
+        log = RunLog(self.output, logging, config_to_yaml(self.config), resumed_step=first)
+        with log, Progress(total, self.step, self.output.name, logging.progress) as progress:
+            if resumed:
+                progress.write(f"resumed from {self.checkpoints.path(self.step)}")
+            else:
+                self.prepare(log, progress)
+                self._evaluate(log)
+            while self.step < total:
+                self._one(log, progress, total)
+            final = self._last_evaluation(log)
+            path = self.save_checkpoint()
+            summary = {
+                "steps": self.step,
+                "before": log.first("eval/"),
+                "after": final,
+                "skipped_updates": self.train_step.skipped,
+                "seconds": round(time.time() - started, 1),
+                "checkpoint": str(path),
+                **self.close(log),
+            }
+            log.summary(summary)
+            log.plot()
+        return summary
+
+    def _one(self, log: RunLog, progress: Progress, total: int) -> None:
+        before = self.state()
+        try:
+            metrics, rows = self.run_step()
+        except UserError as error:  # a reward function that fails: nothing was updated in this step
+            raise UserError(f"{error}; stopped at step {self.step}, saved {self.save_checkpoint(before)}") from error
+        self.step += 1
+        config = self.config.trainer
+        if rows:
+            log.completions(self.step, rows)
+        if config.evaluate_every and self.step % config.evaluate_every == 0:
+            metrics |= {f"eval/{name}": value for name, value in self.evaluate().items()}
+        log.log(self.step, metrics)
+        progress.update(metrics)
+        if config.save_every and self.step % config.save_every == 0 and self.step < total:
+            self.save_checkpoint()
+
+    def _evaluate(self, log: RunLog) -> dict[str, float]:
+        values = self.evaluate()
+        if values:
+            log.log(self.step, {f"eval/{name}": value for name, value in values.items()})
+        return values
+
+    def _last_evaluation(self, log: RunLog) -> dict[str, float]:
+        last = log.last("eval/", self.step)
+        return last if last else self._evaluate(log)
+
+
+def mean(values) -> float:
+    """Of any numbers; 0 where there are none, so that metrics of an empty batch stay finite."""
+    values = np.asarray(values, np.float64)
+    return float(values.mean()) if values.size else 0.0

@@ -1,0 +1,108 @@
+"""Checkpoints: Hugging Face directories with what training needs beside the weights.
+
+Every one is written into a hidden directory beside its place, flushed, and renamed: a kill at any moment leaves either
+the whole checkpoint or none.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindrlhf.errors import UserError
+from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.fields import read_json
+from mindrlhf.models.hf import Source, read_tensors, write_tensors
+
+STATE_FILE = "trainer_state.json"
+OPTIMIZER = "optimizer"  # a directory inside the checkpoint, tensors in the same format
+PARTIAL = ".partial-"
+
+
+def write_model(
+    directory: Path,
+    config: DecoderConfig,
+    tensors: Iterable[Source],
+    tokenizer: Any,
+    generation_config: dict[str, Any],
+    shard_bytes: float = 5e9,
+) -> None:
+    """config.json, safetensors, tokenizer files and generation_config.json: what transformers loads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", config.to_hf())
+    write_json(directory / "generation_config.json", generation_config)
+    write_tensors(directory, tensors, shard_bytes)
+    tokenizer.save_pretrained(str(directory))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Written beside, flushed and renamed."""
+    temporary = path.with_name(PARTIAL + path.name)
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Checkpoints:
+    """The checkpoints step-000000, step-000100, ... of one run."""
+
+    def __init__(self, directory: Path, keep: int = 0):
+        self.directory, self.keep = directory, keep
+
+    def steps(self) -> list[int]:
+        """Whole checkpoints, oldest first."""
+        names = [path.name for path in self.directory.glob("step-*") if (path / STATE_FILE).is_file()]
+        return sorted(int(name.removeprefix("step-")) for name in names)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step-{step:06d}"
+
+    def save(self, step: int, state: dict[str, Any], optimizer: Iterable[Source], write: Callable[[Path], None]) -> Path:
+        """`write` puts the model into the directory that it is given. An existing checkpoint of that step stays."""
+        final = self.path(step)
+        if final.exists():
+            return final
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.directory / f"{PARTIAL}step-{step:06d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        write(partial)
+        write_tensors(partial / OPTIMIZER, optimizer)
+        write_json(partial / STATE_FILE, state)
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        os.replace(partial, final)
+        _flush(self.directory)
+        self._remove_old()
+        return final
+
+    def _remove_old(self) -> None:
+        """The first stays: the policy as training started is the reference that a resumed run needs."""
+        steps = self.steps()
+        if self.keep:
+            for step in [step for step in steps if step > 0][: -self.keep]:
+                shutil.rmtree(self.path(step))
+        for partial in self.directory.glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def read(self, step: int) -> tuple[dict[str, Any], Callable[[str], np.ndarray], Callable[[str], np.ndarray]]:
+        """(state, weights by name, optimizer tensors by name) of a whole checkpoint."""
+        path = self.path(step)
+        state = read_json(path / STATE_FILE)
+        if not isinstance(state, dict):
+            raise UserError(f"{path / STATE_FILE}: not a JSON object; remove {path} to resume from the one before")
+        return state, read_tensors(path).__getitem__, read_tensors(path / OPTIMIZER).__getitem__
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
