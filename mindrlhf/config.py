@@ -211,6 +211,31 @@ def config_to_yaml(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def difference(there: str, here: str, ignored: typing.Sequence[str]) -> str:
+    """The first fields in which two configurations in YAML differ, empty where none does.
+
+    ignored: dotted names, or prefixes that end in a dot.
+    """
+    flat_there, flat_here = _flatten(yaml.safe_load(there)), _flatten(yaml.safe_load(here))
+    changed = [
+        f"{name}: {flat_there.get(name)!r} there, {flat_here.get(name)!r} here"
+        for name in sorted({*flat_there, *flat_here})
+        if flat_there.get(name) != flat_here.get(name)
+        and not any(name == one or (one.endswith(".") and name.startswith(one)) for one in ignored)
+    ]
+    return "; ".join(changed[:3])
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats: in YAML 1.1 `1e-5` is a string, which no one means."""
 
