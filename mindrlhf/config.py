@@ -185,25 +185,41 @@ class GRPOConfig:
         return self.rollout.num_generations
 
 
-def load_config(cls: type, path: str | Path, overrides: typing.Sequence[str] = ()) -> Any:
+@dataclass
+class InferenceConfig:
+    """What `mindrlhf generate` and `mindrlhf eval` do with a checkpoint."""
+
+    seed: int = 1
+    num_generations: int = 1  # answers a prompt
+    slots: int = 32  # answers decoded at the same time
+    max_prompt_tokens: int = 512
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+
+
+def load_config(cls: type, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Any:
     """Read a YAML file into the dataclass `cls`, apply `a.b=c` overrides, and check every key and type.
 
-    Raises UserError naming file, line and field.
+    Without a path: the defaults and the overrides. Raises UserError naming file, line and field.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file")
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise UserError(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    node = _compose(Path(path)) if path else None
     if node is None:
         node = yaml.MappingNode("tag:yaml.org,2002:map", [])
     for override in overrides:
         _apply_override(node, override)
-    return _parse(cls, node, "", str(path))
+    return _parse(cls, node, "", str(path or "config"))
+
+
+def _compose(path: Path) -> yaml.Node | None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from None
 
 
 def config_to_yaml(config: Any) -> str:

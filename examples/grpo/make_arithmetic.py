@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-SIZES = {"warmup": 400, "train": 4000, "test": 500}
+SIZES = {"warmup": 80, "train": 4000, "test": 500}
 
 
 def worked(a: int, b: int) -> str:

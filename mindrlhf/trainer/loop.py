@@ -29,17 +29,18 @@ class Trainer(ABC):
     policy: Policy
     train_step: TrainStep
     step: int = 0  # steps done
+    _recorded: int | None = None  # the last step whose log lines hold; -1: none of them, None: there are none
 
     @abstractmethod
     def total_steps(self) -> int: ...
 
     @abstractmethod
-    def prepare(self, log: RunLog, progress: Progress) -> None:
+    def prepare(self, log: RunLog) -> None:
         """Everything between a fresh policy and step 0."""
 
     @abstractmethod
     def run_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """One step: metrics, and rows for the dump of completions. self.step is the number of this step, from 0."""
+        """One step, self.step counted up at its end: metrics, and rows for the dump of completions."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -70,7 +71,6 @@ class Trainer(ABC):
             "step": self.step,
             "updates": self.train_step.updates,
             "skipped": self.train_step.skipped,
-            "config": config_to_yaml(self.config),
             **(self.state() if state is None else state),
         }
         return self.checkpoints.save(self.step, state, self._optimizer_sources(), self.policy.write)
@@ -82,23 +82,25 @@ class Trainer(ABC):
         """From the newest whole checkpoint of the output directory, if there is one. Raises UserError where the
         directory holds another run."""
         steps = self.checkpoints.steps()
-        if not steps:
-            if (self.output / "metrics.jsonl").exists() and self.config.trainer.resume == "never":
-                raise UserError(f"{self.output}: holds a run already; set output= to another directory or remove it")
+        recorded = self.output / "config.yaml"
+        if not steps and not recorded.exists():
             return False
         if self.config.trainer.resume == "never":
             raise UserError(
-                f"{self.output}: holds checkpoints already; set output= to another directory, remove it, or resume "
-                "with trainer.resume=auto"
+                f"{self.output}: holds a run already; set output= to another directory, remove it, or go on with "
+                "trainer.resume=auto"
             )
-        state, weights, moments = self.checkpoints.read(steps[-1])
-        changed = difference(state["config"], config_to_yaml(self.config), RESUMABLE)
+        changed = difference(recorded.read_text(encoding="utf-8"), config_to_yaml(self.config), RESUMABLE)
         if changed:
             raise UserError(
                 f"{self.output}: holds a run with another configuration ({changed}); set output= to another directory, "
                 "or remove it"
             )
-        self.step = state["step"]
+        if not steps:  # stopped before its first checkpoint: the same again from the start
+            self._recorded = -1
+            return False
+        state, weights, moments = self.checkpoints.read(steps[-1])
+        self.step = self._recorded = state["step"]
         self.policy.decoder.load(weights)
         self.train_step.load_state(moments, state["updates"], state["skipped"])
         self.load_state(state)
@@ -108,18 +110,16 @@ class Trainer(ABC):
         """The whole run; returns what summary.json holds."""
         started = time.time()
         resumed = self.resume()
-        total = self.total_steps()
-        logging = self.config.logging
-        first = self.step if resumed else None
-        log = RunLog(self.output, logging, config_to_yaml(self.config), resumed_step=first)
-        with log, Progress(total, self.step, self.output.name, logging.progress) as progress:
+        total, logging = self.total_steps(), self.config.logging
+        with RunLog(self.output, logging, config_to_yaml(self.config), self._recorded) as log:
             if resumed:
-                progress.write(f"resumed from {self.checkpoints.path(self.step)}")
+                print(f"resumed from {self.checkpoints.path(self.step)}")
             else:
-                self.prepare(log, progress)
+                self.prepare(log)
                 self._evaluate(log)
-            while self.step < total:
-                self._one(log, progress, total)
+            with Progress(total, self.step, self.output.name, logging.progress) as progress:
+                while self.step < total:
+                    self._one(log, progress, total)
             final = self._last_evaluation(log)
             path = self.save_checkpoint()
             summary = {
@@ -141,7 +141,6 @@ class Trainer(ABC):
             metrics, rows = self.run_step()
         except UserError as error:  # a reward function that fails: nothing was updated in this step
             raise UserError(f"{error}; stopped at step {self.step}, saved {self.save_checkpoint(before)}") from error
-        self.step += 1
         config = self.config.trainer
         if rows:
             log.completions(self.step, rows)

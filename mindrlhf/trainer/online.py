@@ -85,7 +85,7 @@ class OnlineTrainer(Trainer):
             "seconds/train": now - scored,
         }
         every = self.config.logging.completions_every
-        dump = every and (self.step + 1) % every == 0
+        dump = every and self.step % every == 0
         return metrics, [self.describe(rollout) for rollout in self.rollouts[:8]] if dump else []
 
     def make_experience(self, num_generations: int | None = None, rank_id: int = 0) -> list[Rollout]:
@@ -181,9 +181,10 @@ class OnlineTrainer(Trainer):
         ]
 
     def train(self, train_step: TrainStep, dataset: list[Update]) -> dict[str, float]:
-        """epochs_per_rollout passes over the updates; metrics of the first update but for what adds up.
+        """epochs_per_rollout passes over the updates: one step done.
 
-        On the first update policy and old policy are the same, so its mismatch is that of generation and training.
+        On the first update policy and old policy are the same, so mismatch_max, taken there, is the difference
+        between generation and training.
         """
         config = self.config.algorithm
         results = []
@@ -193,6 +194,7 @@ class OnlineTrainer(Trainer):
         )  # fmt: skip
         for _ in range(config.epochs_per_rollout):
             results += [train_step(update, rate) for update in dataset]
+        self.step += 1
         skipped = [result.skipped for result in results if result.skipped]
         metrics = {"learning_rate": rate, "skipped_updates": train_step.skipped}
         if skipped:
@@ -214,9 +216,9 @@ class OnlineTrainer(Trainer):
         trainer = self.config.trainer
         return trainer.steps or trainer.epochs * len(self.prompts) // self.config.rollout.prompts_per_step
 
-    def prepare(self, log: RunLog, progress: Progress) -> None:
+    def prepare(self, log: RunLog) -> None:
         if self.config.warmup.steps:
-            self._warm_up(log, progress)
+            self._warm_up(log)
         if self.algorithm.kl_coef and not self.config.model.reference:
             if self.config.warmup.steps or not self.config.model.path:
                 self.save_checkpoint()  # step 0: a resumed run takes the reference from it
@@ -224,7 +226,7 @@ class OnlineTrainer(Trainer):
         elif self.algorithm.kl_coef:
             self._open_reference()
 
-    def _warm_up(self, log: RunLog, progress: Progress) -> None:
+    def _warm_up(self, log: RunLog) -> None:
         config, row_tokens = self.config.warmup, self.row_tokens
         if not config.train:
             raise UserError("warmup.train: no file is named; set it, or warmup.steps=0")
@@ -232,13 +234,15 @@ class OnlineTrainer(Trainer):
         limit = decoder.config.max_positions
         conversations = read_conversations(config.train, self.config.data, self.tokenizer, limit, Path())
         trainer = SupervisedTrainer(decoder, conversations, self.config.optimizer, self.config.seed)
-        progress.write(f"warm-up: {config.steps} supervised steps on {len(conversations)} answers")
         steps = trainer.train(
             config.steps, config.batch_size, config.learning_rate, config.warmup_steps, self.config.trainer.rows,
             row_tokens,
         )  # fmt: skip
-        for number, metrics in enumerate(steps, 1):
-            log.log(0, {"warmup_step": number, **{f"warmup/{name}": value for name, value in metrics.items()}})
+        with Progress(config.steps, 0, "warm-up", self.config.logging.progress) as progress:
+            for number, metrics in enumerate(steps, 1):
+                named = {f"warmup/{name}": value for name, value in metrics.items()}
+                log.log(0, {"warmup_step": number, **named})
+                progress.update(named)
 
     def _use_reference(self, weights: Callable[[str], np.ndarray]) -> None:
         reference = Decoder(self.policy.decoder.config, weights)

@@ -1,0 +1,83 @@
+"""The command line: `mindrlhf COMMAND ...`.
+
+A command's module is imported when that command is used, and imports nothing heavy itself before its `run`, so that
+every `--help` is instant.
+"""
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+from mindrlhf.errors import UserError
+from mindrlhf.utils.parallel import prepare_environment
+
+# name, help, module with add_arguments(parser) and run(arguments) -> exit code
+COMMANDS = (
+    ("grpo", "train a policy with an online algorithm of the GRPO family", "mindrlhf.cli.grpo"),
+    ("generate", "answer prompts with a model", "mindrlhf.cli.generate"),
+    ("eval", "score a model on held-out prompts", "mindrlhf.cli.eval"),
+    ("bench", "measure the speed of generation and training on this machine", "mindrlhf.cli.bench"),
+    ("env", "show versions and hardware, and what is missing", "mindrlhf.cli.env"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 a user's mistake, 130 interrupted, else the command's own."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        prepare_environment()
+        return _run(arguments)
+    except UserError as error:
+        print(f"mindrlhf: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mindrlhf: interrupted", file=sys.stderr)
+        return 130
+
+
+def package_version() -> str:
+    try:
+        return importlib.metadata.version("mindrlhf")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # run from the source tree
+
+
+def _run(arguments: list[str]) -> int:
+    modules = {name: module for name, _, module in COMMANDS}
+    if not arguments or arguments[0].startswith("-"):
+        parser = _top_parser()
+        parser.parse_args(arguments)  # prints and leaves for --help, --version and what is unknown
+        parser.print_help(sys.stderr)
+        return 2
+    name = arguments[0]
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(modules)
+        raise UserError(f"unknown command {name!r}; {hint}")
+    module = importlib.import_module(modules[name])
+    parser = argparse.ArgumentParser(
+        prog=f"mindrlhf {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    # Intermixed: `a.b=c` overrides may stand before and after the options.
+    return module.run(parser.parse_intermixed_args(arguments[1:]))
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    lines = [f"  {name:<10}{text}" for name, text, _ in COMMANDS]
+    parser = argparse.ArgumentParser(
+        prog="mindrlhf",
+        usage="mindrlhf COMMAND ...",
+        description="Reinforcement learning of language models on MindSpore.",
+        epilog="\n".join(["commands:", *lines, "", "mindrlhf COMMAND --help tells more."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mindrlhf {package_version()}")
+    return parser

@@ -1,0 +1,35 @@
+"""mindrlhf: what it needs, and the `mindrlhf` command. Tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mindrlhf",
+    version="0.1.0",
+    description="Reinforcement learning of language models on MindSpore",
+    packages=find_packages(include=["mindrlhf", "mindrlhf.*"]),
+    package_data={"mindrlhf": ["**/*.cpp", "*.cpp"]},
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        # The one pair of current releases that pip resolves together; numpy 2 breaks every MindSpore operator.
+        "mindspore==2.9.0",
+        "mindformers==1.9.0",
+        "numpy<2",
+        "transformers==4.57.1",
+        "tokenizers==0.22.2",
+        "safetensors==0.8.0",
+        "pyarrow==19.0.0",
+        "sentencepiece==0.2.3",
+        "jinja2==3.1.6",
+        "pyyaml==6.0.3",
+        "matplotlib>=3.10.9,<3.12",  # 3.11 has left Python 3.10 behind
+        "tensorboardX==2.6.5",
+        "tqdm==4.70.1",
+        "packaging",
+    ],
+    extras_require={
+        "dev": ["pytest==9.2.0", "ruff==0.17.5", "pre-commit==4.7.0"],
+        "wandb": ["wandb"],
+        "swanlab": ["swanlab"],
+    },
+    entry_points={"console_scripts": ["mindrlhf = mindrlhf.cli.main:main"]},
+)

@@ -1,0 +1,74 @@
+"""Shared by all tests: MindSpore in graph mode with the machine's threads, and micro models."""
+
+import numpy as np
+import pytest
+
+from mindrlhf.utils.parallel import prepare_environment
+
+prepare_environment()
+
+
+@pytest.fixture(scope="session")
+def mindspore():
+    """MindSpore, started as the command line starts it."""
+    from mindrlhf.utils.parallel import start
+
+    start()
+    import mindspore
+
+    return mindspore
+
+
+@pytest.fixture(scope="session")
+def micro_config():
+    """A Qwen2 shape with grouped queries, tied, small enough to compile in a second."""
+    from mindrlhf.models.config import DecoderConfig
+
+    return DecoderConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        max_positions=128, qkv_bias=True, tie_embeddings=True, model_type="qwen2", initializer_range=0.3,
+    )  # fmt: skip
+
+
+@pytest.fixture()
+def micro_decoder(mindspore, micro_config):
+    """A new decoder for every test: training must not reach another test."""
+    from mindrlhf.models.decoder import Decoder, random_weights
+
+    return Decoder(micro_config, random_weights(micro_config, 0))
+
+
+@pytest.fixture(scope="session")
+def micro_prompts():
+    """Ten prompts of 1 to 11 tokens; token 1 is the stop token of the tests."""
+    from mindrlhf.types import Prompt
+
+    random = np.random.default_rng(0)
+    lengths = [1, 2, 5, 11, 7, 3, 8, 4, 9, 6]
+    return [Prompt(random.integers(2, 48, n).astype(np.int32), "", None, key) for key, n in enumerate(lengths)]
+
+
+@pytest.fixture()
+def compilations(mindspore, monkeypatch):
+    """How many graphs were compiled since the test began: a function that returns the count."""
+    from mindspore.nn.cell import _cell_graph_executor
+
+    count = [0]
+    compile_graph = _cell_graph_executor._graph_executor.compile
+
+    class Counting:
+        def __init__(self, inner):
+            self._inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self._inner, name)
+
+        def __call__(self, *arguments, **keywords):
+            return self._inner(*arguments, **keywords)
+
+        def compile(self, *arguments, **keywords):
+            count[0] += 1
+            return compile_graph(*arguments, **keywords)
+
+    monkeypatch.setattr(_cell_graph_executor, "_graph_executor", Counting(_cell_graph_executor._graph_executor))
+    return lambda: count[0]

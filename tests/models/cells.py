@@ -1,0 +1,35 @@
+"""Cells that tests compile; compiled code must live in a file."""
+
+from mindspore import nn, ops
+
+from mindrlhf.wrapper.scorer import target_logprobs
+
+
+class Hidden(nn.Cell):
+    def __init__(self, decoder):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+
+    def construct(self, tokens, positions, segments):
+        return self.decoder(tokens, positions, segments)
+
+
+class Logits(nn.Cell):
+    def __init__(self, decoder):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+
+    def construct(self, tokens, positions, segments):
+        return self.decoder.logits(self.decoder(tokens, positions, segments))
+
+
+class NextTokenLoss(nn.Cell):
+    """Mean cross-entropy at the given positions."""
+
+    def __init__(self, decoder):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+
+    def construct(self, tokens, positions, segments, index, labels):
+        logprobs, _ = target_logprobs(self.decoder, tokens, positions, segments, index, labels, 1.0, False)
+        return ops.neg(logprobs.mean())

@@ -1,0 +1,39 @@
+"""Every YAML that is shipped can be read."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mindrlhf.config import GRPOConfig, load_config
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted((ROOT / "examples").rglob("*.y*ml"))
+MODELS = sorted((ROOT / "model_configs").rglob("*.y*ml"))
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_there_are_jobs():
+    assert JOBS
+
+
+@pytest.mark.parametrize("path", JOBS, ids=name_of)
+def test_job_parses(path):
+    load_config(GRPOConfig, path)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=name_of)
+def test_files_of_a_job_exist(path):
+    """Paths in a YAML are relative to it."""
+    config = load_config(GRPOConfig, path)
+    sources = [*config.data.train, *config.data.test, *config.warmup.train]
+    for name in [source.path for source in sources] + config.model.build.tokenizer_files:
+        assert (path.parent / name).is_file(), f"{name_of(path)}: {name} is not there"
+
+
+@pytest.mark.parametrize("path", MODELS, ids=name_of)
+def test_model_config_is_yaml(path):
+    assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)

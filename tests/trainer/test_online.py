@@ -1,0 +1,163 @@
+"""The online trainer: runs, resumes bit-equal, learns, stops cleanly."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mindrlhf.errors import UserError
+from mindrlhf.models.hf import read_tensors
+from tests.trainer.conftest import letter_reward
+
+
+@pytest.fixture()
+def make_trainer(mindspore, tiny_config):
+    def make(rewards=letter_reward, **overrides):
+        from mindrlhf.rewards import Rewards
+        from mindrlhf.trainer.grpo import GRPOTrainer
+
+        trainer = GRPOTrainer(tiny_config(**overrides))
+        trainer.rewards = Rewards.from_functions(rewards)
+        return trainer
+
+    return make
+
+
+def _metrics(trainer):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (trainer.output / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in clock and not k.startswith("seconds/")} for line in lines]
+
+
+def _same_checkpoint(one, two):
+    for directory in ("", "optimizer"):
+        first, second = read_tensors(one / directory), read_tensors(two / directory)
+        assert list(first) == list(second)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    assert (one / "trainer_state.json").read_text() == (two / "trainer_state.json").read_text()
+
+
+@pytest.mark.parametrize("stop", [2, 3], ids=["mid-epoch", "at-an-epochs-end"])
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_trainer, stop):
+    """Warm-up, a reference policy and two updates a step included; an epoch is three steps."""
+    options = {"warmup__steps": 2, "warmup__batch_size": 4, "algorithm__updates_per_epoch": 2}
+    straight = make_trainer(output="straight", **options, warmup__train="[{path: PROBLEMS}]")
+    straight.fit()
+    first = make_trainer(output="resumed", **options, warmup__train="[{path: PROBLEMS}]", trainer__steps=stop)
+    first.fit()
+    partial = first.output / "checkpoints" / ".partial-step-000009"  # what a kill in mid-save leaves
+    partial.mkdir()
+    (partial / "trainer_state.json").write_text("{")
+    second = make_trainer(output="resumed", **options, warmup__train="[{path: PROBLEMS}]")
+    summary = second.fit()
+    assert summary["steps"] == 4
+    _same_checkpoint(straight.checkpoints.path(4), second.checkpoints.path(4))
+    assert _metrics(straight) == _metrics(second)
+    assert not partial.exists()
+
+
+def test_it_learns_and_counts_no_compilations_in_the_loop(make_trainer, compilations):
+    trainer = make_trainer(trainer__steps=25, rollout__num_generations=16, algorithm__kl_coef=0, rollout__slots=32,
+                           algorithm__learning_rate=5e-3, trainer__rows=16)  # fmt: skip
+    rewards = []
+    for step in range(25):
+        metrics, _ = trainer.run_step()
+        rewards.append(metrics["reward/total"])
+        if step == 4:
+            before = compilations()
+        assert metrics["mismatch_max"] < 1e-4
+    assert compilations() == before
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algorithm__name": "dr_grpo"},
+        {"algorithm__name": "dapo", "algorithm__overlong_buffer": 4},
+        {"algorithm__kl_in_reward": "true", "algorithm__kl_coef": 0.1, "algorithm__kl_estimator": "k1"},
+    ],
+    ids=["dr_grpo", "dapo", "kl-in-reward"],
+)
+def test_every_row_runs(make_trainer, options):
+    trainer = make_trainer(**options)
+    trainer.prepare(None)
+    before = trainer.policy.decoder.weights("model.norm.weight").copy()
+    metrics, _ = trainer.run_step()
+    assert trainer.step == 1
+    assert np.isfinite([value for value in metrics.values()]).all()
+    assert (trainer.policy.decoder.weights("model.norm.weight") != before).any()
+    assert ("kl" in metrics) == bool(trainer.algorithm.kl_coef)
+    assert ("reward/overlong" in metrics) == (options.get("algorithm__name") == "dapo")
+
+
+def test_dynamic_sampling_refills_and_keeps_only_groups_that_differ(make_trainer):
+    def constant_for_even(completions, prompts, **columns):
+        return [1.0 if int(p[0]) % 2 == 0 else letter_reward([c])[0] for p, c in zip(prompts, completions, strict=True)]
+
+    trainer = make_trainer(constant_for_even, algorithm__dynamic_sampling="true", rollout__prompts_per_step=3)
+    rollouts = trainer.make_experience()
+    assert trainer.experience["rounds"] > 1 and trainer.experience["groups"] == 3
+    assert sorted({rollout.group for rollout in rollouts}) == [0, 1, 2]
+    first = trainer.rewards.parts[0][0]
+    for group in range(3):
+        values = {r.reward_parts[first] for r in rollouts if r.group == group}
+        assert len(values) > 1
+
+
+def test_a_step_without_an_informative_group_trains_nothing(make_trainer):
+    trainer = make_trainer(
+        lambda completions, **columns: [0.0] * len(completions), algorithm__dynamic_sampling="true",
+        algorithm__dynamic_sampling_max_rounds=2,
+    )  # fmt: skip
+    before = trainer.policy.decoder.weights("model.norm.weight").copy()
+    metrics, _ = trainer.run_step()
+    assert metrics["groups"] == 0 and metrics["rounds"] == 2 and trainer.step == 1
+    np.testing.assert_array_equal(trainer.policy.decoder.weights("model.norm.weight"), before)
+
+
+def test_a_reward_function_that_fails_stops_after_saving(make_trainer):
+    calls = []
+
+    def fails_on_the_third(completions, **columns):
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise KeyError("lost")
+        return letter_reward(completions)
+
+    trainer = make_trainer(fails_on_the_third, algorithm__kl_coef=0)
+    with pytest.raises(UserError, match=r"fails_on_the_third.*test_online.py:\d+.*KeyError.*step 2, saved .*step-000002"):
+        trainer.fit()
+    assert trainer.checkpoints.steps() == [2]
+    resumed = make_trainer(algorithm__kl_coef=0)
+    assert resumed.fit()["steps"] == 4
+
+
+def test_another_configuration_in_the_same_directory_is_refused(make_trainer):
+    make_trainer(trainer__steps=1, algorithm__kl_coef=0).fit()
+    with pytest.raises(UserError, match="algorithm.learning_rate: 0.001 there, 0.5 here"):
+        make_trainer(algorithm__learning_rate=0.5, algorithm__kl_coef=0).fit()
+    with pytest.raises(UserError, match="holds a run already"):
+        make_trainer(trainer__resume="never", algorithm__kl_coef=0).fit()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("rollout__num_generations", 1, "2 or more"),
+        ("rollout__sampling__temperature", 0, "over 0"),
+        ("algorithm__name", "gropo", "grpo, dr_grpo, dapo"),
+        ("algorithm__aggregation", "mean", "token_mean"),
+        ("trainer__row_tokens", 9, "under"),
+        ("data__train", "[]", "data.train"),
+        ("rollout__max_prompt_tokens", 60, "window of 64"),
+        ("rollout__max_prompt_tokens", 2, r"problems.jsonl:1.*max_prompt_tokens"),
+        ("data__label_key", "answer", "label"),
+    ],
+)
+def test_contradictions_are_one_line(make_trainer, option, value, message):
+    with pytest.raises(UserError, match=message) as error:
+        make_trainer(**{option: value})
+    assert "\n" not in str(error.value)
