@@ -1,15 +1,25 @@
 # `make demo` and `make test` install everything into .venv the first time.
 PYTHON ?= python3
 VENV ?= .venv
+TORCH_VENV ?= .venv-torch
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint venv
+.PHONY: demo test lint venv check-export
 
 demo: venv
 	$(VENV)/bin/mindrlhf grpo --config examples/grpo/arithmetic.yaml
 
 test: lint
 	$(VENV)/bin/pytest -q
+
+# What a checkpoint's directory means to torch and transformers; CHECKPOINT= is one that a run has left.
+check-export: venv $(if $(TORCH_PYTHON),,$(TORCH_VENV)/.installed)
+	@test -n "$(CHECKPOINT)" || { echo "usage: make check-export CHECKPOINT=DIR [TORCH_PYTHON=python]" >&2; exit 2; }
+	@answers=$$(mktemp -d) && trap 'rm -r "$$answers"' EXIT && \
+	  $(VENV)/bin/python -m mindrlhf generate --model "$(CHECKPOINT)" --output "$$answers/answers.jsonl" \
+	    --prompt "12+34=" --prompt "7+8=" --prompt "A hat" sampling.temperature=0 sampling.max_tokens=32 && \
+	  $(or $(TORCH_PYTHON),$(TORCH_VENV)/bin/python) tests/torch/check_export.py \
+	    --checkpoint "$(CHECKPOINT)" --answers "$$answers/answers.jsonl"
 
 lint: venv
 	$(VENV)/bin/ruff check
@@ -23,4 +33,10 @@ $(INSTALLED): setup.py
 	@echo "installing into $(VENV): 3.5 GB, a few minutes, once"
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(TORCH_VENV)/.installed:
+	@echo "installing torch into $(TORCH_VENV), once"
+	@$(PYTHON) -m venv $(TORCH_VENV)
+	@$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==4.57.1
 	@touch $@

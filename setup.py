@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Reinforcement learning of language models on MindSpore",
     packages=find_packages(include=["mindrlhf", "mindrlhf.*"]),
-    package_data={"mindrlhf": ["**/*.cpp", "*.cpp"]},
+    package_data={"mindrlhf": ["**/*.cpp", "**/*.h"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         # The one pair of current releases that pip resolves together; numpy 2 breaks every MindSpore operator.

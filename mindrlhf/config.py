@@ -124,7 +124,7 @@ class AlgorithmConfig:
     updates_per_epoch: int = 1  # optimizer steps that a pass is split into
     dynamic_sampling: bool | None = None  # resample until no group is all right or all wrong
     dynamic_sampling_max_rounds: int = 4  # generation rounds a step before it trains on what it has
-    overlong_buffer: int | None = None  # tokens before max_tokens where the length penalty rises from 0 to factor; 0: off
+    overlong_buffer: int | None = None  # last tokens of max_tokens, where the length penalty rises to factor; 0: off
     overlong_factor: float = 1.0
 
 
@@ -216,6 +216,8 @@ def _compose(path: Path) -> yaml.Node | None:
         raise UserError(f"{path}: no such config file")
     try:
         return yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
@@ -276,8 +278,8 @@ def _apply_override(root: yaml.MappingNode, override: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not YAML") from None
     if value is None:
-        value = yaml.ScalarNode("tag:yaml.org,2002:str", "")
-    value.override = override  # errors name the command line instead of a line of the file
+        value = yaml.ScalarNode("tag:yaml.org,2002:str", "")  # `output=` is the empty text
+    _mark(value, override)
     node = root
     *sections, key = name.split(".")
     for section in sections:
@@ -288,6 +290,18 @@ def _apply_override(root: yaml.MappingNode, override: str) -> None:
             _set_child(node, section, child, override)
         node = child
     _set_child(node, key, value, override)
+
+
+def _mark(node: yaml.Node, override: str) -> None:
+    """Errors name the command line instead of a line of the file, and paths are relative to where it was typed."""
+    node.override = override
+    if isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            _mark(pair[0], override)
+            _mark(pair[1], override)
+    elif isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _mark(child, override)
 
 
 def _child(node: yaml.MappingNode, key: str) -> yaml.Node | None:
@@ -320,8 +334,10 @@ def _parse(annotation: Any, node: yaml.Node, name: str, source: str) -> Any:
         if not isinstance(node, yaml.SequenceNode):
             raise _type_error(node, name, source, "a list")
         return [_parse(arguments[0], child, f"{name}[{i}]", source) for i, child in enumerate(node.value)]
-    loader = _Loader("")
-    value = loader.construct_object(node, deep=True)
+    try:
+        value = _Loader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, TypeError, ValueError):
+        raise UserError(f"{_where(node, source)}: {name}: not a plain value; put text with braces in quotes") from None
     if origin is Literal:
         if value not in arguments:
             raise _type_error(node, name, source, "one of " + ", ".join(map(str, arguments)))
@@ -354,6 +370,8 @@ def _parse_dataclass(cls: type, node: yaml.Node, name: str, source: str) -> Any:
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = key_node.value
+        if not isinstance(key, str):
+            raise UserError(f"{_where(key_node, source)}: {name or 'config'}: a key must be a plain word")
         dotted = f"{name}.{key}" if name else key
         if key not in annotations:
             near = difflib.get_close_matches(key, annotations, n=1)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mindrlhf.config import GRPOConfig, SourceConfig, config_to_yaml, load_config
+from mindrlhf.config import GRPOConfig, RewardConfig, config_to_yaml, load_config
 from mindrlhf.errors import UserError
 
 
@@ -44,7 +44,7 @@ def test_round_trip(load):
     again = load(text)
     assert again == config
     assert config_to_yaml(again) == text
-    assert config.data.train[1] == SourceConfig("b.csv", 1.0)
+    assert config.data.train[1].probability == 1.0
     assert config.model.build.decoder["rope_theta"] == 1e6
 
 
@@ -70,6 +70,37 @@ def test_defaults_are_not_shared(load):
     first.rewards.append(first.rewards[0])
     first.model.build.decoder["hidden_size"] = 8
     assert second == GRPOConfig()
+
+
+def test_paths_are_relative_to_the_yaml(load, tmp_path):
+    config = load(
+        "model: {path: models/a, build: {tokenizer_files: [t.txt]}}\n"
+        "data: {train: [{path: ../a.jsonl}], test: [{path: /data/b.csv}]}\n"
+        "rewards: [{function: format}, {function: 'mine.py:score'}]\n"
+    )
+    assert config.model.path == str(tmp_path / "models/a")
+    assert config.model.build.tokenizer_files == [str(tmp_path / "t.txt")]
+    assert config.data.train[0].path == str(tmp_path / "../a.jsonl")
+    assert config.data.test[0].path == "/data/b.csv"
+    assert [reward.function for reward in config.rewards] == ["format", str(tmp_path / "mine.py:score")]
+    assert config.model.tokenizer == ""  # not set is not a path
+
+
+def test_paths_of_overrides_are_relative_to_the_current_directory(load, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load("model: {path: a}\n", "model.path=b").model.path == str(tmp_path / "elsewhere" / "b")
+
+
+def test_paths_deep_in_overrides_too(load, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = load("", "data.train=[{path: x.csv}]")
+    assert config.data.train[0].path == str(tmp_path / "elsewhere" / "x.csv")
+
+
+def test_without_a_file():
+    assert load_config(GRPOConfig, None, ["seed=3"]) == GRPOConfig(seed=3)
 
 
 MISTAKES = {
@@ -141,14 +172,14 @@ def test_overrides(load):
     config = load(
         "seed: 1\nrollout: {slots: 4}\nmodel: {path: a}\n",
         "seed=2", "rollout.sampling.temperature=0.5", "rollout.sampling.max_tokens=9", "algorithm.learning_rate=3e-4",
-        "model.path=", "data.train=[{path: x.csv}]", "algorithm.kl_coef=null", "logging.progress=false",
+        "model.path=", "rewards=[{function: format, weight: 2}]", "algorithm.kl_coef=null", "logging.progress=false",
     )  # fmt: skip
     assert config.seed == 2
     assert config.rollout.slots == 4
     assert (config.rollout.sampling.temperature, config.rollout.sampling.max_tokens) == (0.5, 9)
     assert config.algorithm.learning_rate == 3e-4
     assert config.model.path == ""
-    assert config.data.train == [SourceConfig("x.csv")]
+    assert config.rewards == [RewardConfig("format", 2.0)]
     assert config.algorithm.kl_coef is None
     assert config.logging.progress is False
 

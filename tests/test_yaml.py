@@ -9,6 +9,7 @@ from mindrlhf.config import GRPOConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "examples").rglob("*.y*ml"))
+DOWNLOADED = {ROOT / "examples" / "grpo" / "qwen2_5_gsm8k.yaml"}  # checkpoint and data are the user's to fetch
 MODELS = sorted((ROOT / "model_configs").rglob("*.y*ml"))
 
 
@@ -25,7 +26,7 @@ def test_job_parses(path):
     load_config(GRPOConfig, path)
 
 
-@pytest.mark.parametrize("path", JOBS, ids=name_of)
+@pytest.mark.parametrize("path", [path for path in JOBS if path not in DOWNLOADED], ids=name_of)
 def test_files_of_a_job_exist(path):
     """Paths in a YAML are relative to it."""
     config = load_config(GRPOConfig, path)

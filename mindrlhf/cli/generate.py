@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         {
             "prompt": answers.prompts[rollout.group].text,
             "completion": text,
+            "prompt_ids": rollout.prompt_ids.tolist(),
+            "ids": rollout.response_ids.tolist(),
             "tokens": len(rollout.response_ids),
             "finished": rollout.finished,
             "logprob": round(float(rollout.sampled_logprobs.sum()), 4),

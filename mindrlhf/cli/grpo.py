@@ -18,9 +18,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load_config(GRPOConfig, arguments.config, arguments.overrides)
 
-    from mindrlhf.utils.parallel import start
-
-    start()
     from mindrlhf.trainer.grpo import GRPOTrainer
 
     print(report(GRPOTrainer(config).fit(), config.output))

@@ -1,218 +1,320 @@
-// The decoder's kernels for a CPU, float32; cpu_kernels.py compiles and wraps them, the composed forms are their oracle.
-//
-// Work is cut into chunks by its sizes alone, never by the number of threads, and a row's sums always run in the same
-// order: a result depends neither on the threads nor on which slot or batch a row is in.
+// The decoder's kernels for a CPU, float32; cpu_kernels.py compiles and wraps them, composed forms are their oracle.
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include "cpu_kernels.h"
+
+#include <utility>
+
+using namespace mindrlhf;
+
+// --- few rows times matrices --------------------------------------------------------------------------------------
 
 namespace {
 
-// Threads of our own: libgomp's workers spin between regions and take the cores from MindSpore's. Here the caller works
-// too and waits only for chunks already begun, so a helper that the system does not schedule delays nobody.
-class Pool {
- public:
-  static Pool& get() {
-    static Pool* pool = new Pool;  // never destroyed: a helper may wait on it while the process ends
-    return *pool;
-  }
+// Rows that the sums have room for, and columns of a chunk where the rows of the weight are long enough to stream.
+constexpr int64_t kMostRows = 64, kMostColumns = 256;
 
-  template <class Body>
-  void run(int64_t chunks, const Body& body) {
-    std::unique_lock<std::mutex> only(busy_, std::try_to_lock);
-    if (chunks < 2 || helpers_ == 0 || !only) {
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk);
-      return;
-    }
-    call_ = [](const void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); };
-    context_ = &body;
-    unfinished_.store(chunks, std::memory_order_relaxed);
-    unclaimed_.store(chunks, std::memory_order_release);
-    jobs_.fetch_add(1);
-    jobs_.notify_all();
-    work();
-    while (unfinished_.load(std::memory_order_acquire) > 0) std::this_thread::yield();
-  }
+// x @ weight + bias + residual; bias and residual may be null.
+struct Product {
+  const float *weight, *bias, *residual;
+  float* out;
+  int64_t outer;
 
- private:
-  Pool() {
-    const char* limit = std::getenv("OMP_NUM_THREADS");
-    const int threads = limit && std::atoi(limit) > 0 ? std::atoi(limit) : std::thread::hardware_concurrency();
-    helpers_ = std::max(0, threads - 1);
-    for (int i = 0; i < helpers_; ++i) std::thread([this] { help(); }).detach();
-  }
-
-  // A claimed chunk keeps its job alive, so the job's fields may be read after the claim.
-  void work() {
-    int64_t left = unclaimed_.load(std::memory_order_acquire);
-    while (left > 0) {
-      if (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) continue;
-      call_(context_, left - 1);
-      unfinished_.fetch_sub(1, std::memory_order_acq_rel);
-      left = unclaimed_.load(std::memory_order_acquire);
-    }
-  }
-
-  void help() {
-    for (uint32_t seen = jobs_.load();; seen = jobs_.load()) {
-      work();
-      for (int spin = 0; spin < kSpins && jobs_.load(std::memory_order_relaxed) == seen; ++spin) {
-        __builtin_ia32_pause();
-      }
-      jobs_.wait(seen);
-    }
-  }
-
-  static constexpr int kSpins = 1000;  // some 20 us: about the time between two kernels of a decode step
-  std::mutex busy_;
-  std::atomic<uint32_t> jobs_{0};
-  std::atomic<int64_t> unclaimed_{0}, unfinished_{0};
-  void (*call_)(const void*, int64_t) = nullptr;
-  const void* context_ = nullptr;
-  int helpers_ = 0;
+  int64_t chunk() const { return outer <= 1024 ? kMostColumns / 2 : kMostColumns; }
 };
 
-// body(first, last) over [0, items) in chunks of `size` items.
-template <class Body>
-void for_chunks(int64_t items, int64_t size, const Body& body) {
-  Pool::get().run((items + size - 1) / size,
-                  [&](int64_t chunk) { body(chunk * size, std::min(items, (chunk + 1) * size)); });
-}
-
-// Rows a chunk where a row costs `cost` elementwise operations: small work stays on one thread.
-int64_t rows_per_chunk(int64_t cost) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cost)); }
-
-// exp to 2 units in the last place, 0 under -87; a form that the compiler vectorises. NaN stays NaN.
-inline float exponential(float x) {
-  const float clamped = x > 88.0f ? 88.0f : x;
-  const float rounded = clamped * 1.44269504f + 12582912.0f;  // the low bits now hold the integer
-  const float power = rounded - 12582912.0f;
-  const float rest = (clamped - power * 0.693359375f) + power * 2.12194440e-4f;
-  float series = 1.9875691500e-4f;
-  series = series * rest + 1.3981999507e-3f;
-  series = series * rest + 8.3334519073e-3f;
-  series = series * rest + 4.1665795894e-2f;
-  series = series * rest + 1.6666665459e-1f;
-  series = series * rest + 5.0000001201e-1f;
-  series = series * rest * rest + rest + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &rounded, 4);
-  bits = (bits + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return x < -87.0f ? 0.0f : series * scale;
-}
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-inline float dot(const float* a, const float* b, int64_t count) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-inline float maximum(const float* x, int64_t count) {
-  float most = x[0];
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < count; ++i) most = x[i] > most ? x[i] : most;
-  return most;
-}
-
-int64_t rows_of(const int* ndims, int64_t** shapes, int input) {
-  int64_t rows = 1;
-  for (int i = 0; i + 1 < ndims[input]; ++i) rows *= shapes[input][i];
-  return rows;
-}
-
-int64_t width_of(const int* ndims, int64_t** shapes, int input) { return shapes[input][ndims[input] - 1]; }
-
-// --- few rows times a matrix ------------------------------------------------------------------------------------
-
-constexpr int kLanes = 16, kVectors = 2, kPanel = kLanes * kVectors, kTileRows = 8, kDepth = 64;
-typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
-// out [ROWS, kPanel] += x [ROWS, depth] @ weight [depth, kPanel], the sums in registers.
-template <int ROWS>
-void tile(const float* x, int64_t x_stride, const float* weight, int64_t stride, int64_t depth, float* out,
-          int64_t out_stride) {
-  Vector sums[ROWS][kVectors];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = *(const Vector*)(out + r * out_stride + v * kLanes);
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = *(const Vector*)(weight + k * stride + v * kLanes);
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += columns[v] * x[r * x_stride + k];
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVectors; ++v) *(Vector*)(out + r * out_stride + v * kLanes) = sums[r][v];
-}
-
-void tile_rows(int64_t rows, const float* x, int64_t x_stride, const float* weight, int64_t stride, int64_t depth,
-               float* out, int64_t out_stride) {
-  using Tile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
-  static const Tile tiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>};
-  for (int64_t r = 0; r < rows; r += kTileRows) {
-    tiles[std::min<int64_t>(kTileRows, rows - r) - 1](x + r * x_stride, x_stride, weight, stride, depth,
-                                                      out + r * out_stride, out_stride);
-  }
-}
-
-// out[:, first:last] += x [rows, inner] @ weight [inner, outer][:, first:last]; blocks of kDepth rows of the weight keep
-// the pages in reach of the address cache.
-void multiply(const float* x, const float* weight, float* out, int64_t rows, int64_t inner, int64_t outer,
-              int64_t first, int64_t last) {
-  for (int64_t k = 0; k < inner; k += kDepth) {
-    const int64_t depth = std::min<int64_t>(kDepth, inner - k);
-    int64_t column = first;
-    for (; column + kPanel <= last; column += kPanel) {
-      tile_rows(rows, x + k, inner, weight + k * outer + column, outer, depth, out + column, outer);
+void run_products(const float* x, int64_t rows, int64_t inner, const std::vector<Product>& products) {
+  std::vector<std::pair<const Product*, int64_t>> chunks;  // a product and its first column
+  for (const Product& product : products)
+    for (int64_t first = 0; first < product.outer; first += product.chunk()) chunks.emplace_back(&product, first);
+  Pool::get().run(chunks.size(), [&](int64_t chunk) {
+    const auto [product, first] = chunks[chunk];
+    const int64_t outer = product->outer, width = std::min(product->chunk(), outer - first);
+    alignas(64) float sums[kMostRows * kMostColumns];  // out's own rows may share their place in the cache
+    for (int64_t r = 0; r < rows; ++r) {
+      if (product->bias) std::copy_n(product->bias + first, width, sums + r * kMostColumns);
+      else std::fill_n(sums + r * kMostColumns, width, 0.0f);
     }
-    if (column == last) continue;
-    const int64_t rest = last - column;  // a last narrow panel, in padded copies
-    float narrow[kDepth][kPanel] = {}, sums[kTileRows][kPanel] = {};
-    for (int64_t i = 0; i < depth; ++i) std::copy_n(weight + (k + i) * outer + column, rest, narrow[i]);
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const int64_t count = std::min<int64_t>(kTileRows, rows - r);
-      for (int64_t i = 0; i < count; ++i) std::copy_n(out + (r + i) * outer + column, rest, sums[i]);
-      tile_rows(count, x + r * inner + k, inner, narrow[0], kPanel, depth, sums[0], kPanel);
-      for (int64_t i = 0; i < count; ++i) std::copy_n(sums[i], rest, out + (r + i) * outer + column);
+    multiply(rows, inner, width, {x, inner, 1}, product->weight + first, outer, sums, kMostColumns);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = sums + r * kMostColumns;
+      const float* residual = product->residual ? product->residual + r * outer + first : nullptr;
+      float* out = product->out + r * outer + first;
+      for (int64_t c = 0; c < width; ++c) out[c] = residual ? residual[c] + row[c] : row[c];
     }
-  }
-}
-
-// Columns a chunk: whole panels, enough of them that a chunk is worth handing over.
-int64_t columns_per_chunk(int64_t rows, int64_t inner) {
-  return kPanel * std::max<int64_t>(1, 400000 / std::max<int64_t>(1, rows * inner * kPanel));
+  });
 }
 
 }  // namespace
 
-#define KERNEL(name) \
-  extern "C" int name(int count, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*, void*)
+// x [M, K], weights [K, N1], [K, N2]..., each with its bias [N] behind it or none -> x @ weight + bias of each.
+KERNEL(projections) {
+  std::vector<Product> products;
+  int input = 1;
+  for (int outputs = 0; input + outputs < count; ++outputs) {
+    const bool biased = input + 1 < count && ndims[input + 1] == 1;
+    products.push_back({INPUT(input), biased ? INPUT(input + 1) : nullptr, nullptr, nullptr, shapes[input][1]});
+    input += biased ? 2 : 1;
+  }
+  for (size_t i = 0; i < products.size(); ++i) products[i].out = OUTPUT(input + i);
+  run_products(INPUT(0), shapes[0][0], shapes[0][1], products);
+  return 0;
+}
 
-// x [M, K], weight [K, N], then bias [N] and residual [M, N] where there are -> x @ weight + bias + residual [M, N].
-KERNEL(linear) {
-  auto x = (const float*)params[0], weight = (const float*)params[1];
-  const float *bias = nullptr, *residual = nullptr;
-  for (int i = 2; i + 1 < count; ++i) (ndims[i] == 1 ? bias : residual) = (const float*)params[i];
-  auto out = (float*)params[count - 1];
-  const int64_t rows = shapes[0][0], inner = shapes[1][0], outer = shapes[1][1];
-  for_chunks(outer, columns_per_chunk(rows, inner), [&](int64_t first, int64_t last) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = first; c < last; ++c) {
-        out[r * outer + c] = (bias ? bias[c] : 0.0f) + (residual ? residual[r * outer + c] : 0.0f);
+// x [M, K], weight [K, N], residual [M, N], then bias [N] or none -> residual + x @ weight + bias [M, N].
+KERNEL(residual_projection) {
+  const float* bias = count == 5 ? INPUT(3) : nullptr;
+  run_products(INPUT(0), shapes[0][0], shapes[0][1], {{INPUT(1), bias, INPUT(2), OUTPUT(count - 1), shapes[1][1]}});
+  return 0;
+}
+
+// --- elementwise ------------------------------------------------------------------------------------------------
+
+// x [.., H], weight [H], epsilon [] -> x / root mean square * weight.
+KERNEL(rms_norm) {
+  const int64_t width = width_of(ndims, shapes, 0);
+  const float *x = INPUT(0), *weight = INPUT(1), epsilon = INPUT(2)[0];
+  float* out = OUTPUT(3);
+  for_chunks(rows_of(ndims, shapes, 0), rows_per_chunk(width), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const float* row = x + r * width;
+      const float inverse = 1.0f / std::sqrt(dot(row, row, width) / width + epsilon);
+      for (int64_t i = 0; i < width; ++i) out[r * width + i] = row[i] * inverse * weight[i];
+    }
+  });
+  return 0;
+}
+
+// x [.., H], weight [H], g [.., H], epsilon [] -> gradients of x and of weight.
+KERNEL(rms_norm_gradient) {
+  const int64_t width = width_of(ndims, shapes, 0), rows = rows_of(ndims, shapes, 0);
+  const float *x = INPUT(0), *weight = INPUT(1), *g = INPUT(2), epsilon = INPUT(3)[0];
+  float *dx = OUTPUT(4), *dweight = OUTPUT(5);
+  const int64_t size = std::max(rows_per_chunk(width), (rows + 63) / 64);
+  std::vector<float> partial((rows + size - 1) / size * width, 0.0f);
+  for_chunks(rows, size, [&](int64_t first, int64_t last) {
+    float* sums = partial.data() + first / size * width;
+    for (int64_t r = first; r < last; ++r) {
+      const float *row = x + r * width, *gradient = g + r * width;
+      const float inverse = 1.0f / std::sqrt(dot(row, row, width) / width + epsilon);
+      float along = 0;
+#pragma omp simd reduction(+ : along)
+      for (int64_t i = 0; i < width; ++i) along += gradient[i] * weight[i] * row[i];
+      along *= inverse * inverse * inverse / width;
+      for (int64_t i = 0; i < width; ++i) {
+        dx[r * width + i] = gradient[i] * weight[i] * inverse - row[i] * along;
+        sums[i] += gradient[i] * row[i] * inverse;
       }
     }
-    multiply(x, weight, out, rows, inner, outer, first, last);
   });
+  std::fill_n(dweight, width, 0.0f);
+  for (size_t i = 0; i < partial.size(); ++i) dweight[i % width] += partial[i];
+  return 0;
+}
+
+// gate, up -> silu(gate) * up.
+KERNEL(swiglu) {
+  const int64_t width = width_of(ndims, shapes, 0), items = rows_of(ndims, shapes, 0) * width;
+  const float *gate = INPUT(0), *up = INPUT(1);
+  float* out = OUTPUT(2);
+  for_chunks(items, 4096, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+  });
+  return 0;
+}
+
+// gate, up, g -> gradients of gate and up.
+KERNEL(swiglu_gradient) {
+  const int64_t width = width_of(ndims, shapes, 0), items = rows_of(ndims, shapes, 0) * width;
+  const float *gate = INPUT(0), *up = INPUT(1), *g = INPUT(2);
+  float *dgate = OUTPUT(3), *dup = OUTPUT(4);
+  for_chunks(items, 4096, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const float open = sigmoid(gate[i]), silu = gate[i] * open;
+      dup[i] = g[i] * silu;
+      dgate[i] = g[i] * up[i] * (open + silu * (1.0f - open));
+    }
+  });
+  return 0;
+}
+
+// x [M, N] + bias [N].
+KERNEL(add_bias) {
+  const int64_t rows = shapes[0][0], width = shapes[0][1];
+  const float *x = INPUT(0), *bias = INPUT(1);
+  float* out = OUTPUT(2);
+  for_chunks(rows, rows_per_chunk(width), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r)
+      for (int64_t c = 0; c < width; ++c) out[r * width + c] = x[r * width + c] + bias[c];
+  });
+  return 0;
+}
+
+// g [M, N] -> its sum over the rows [N], the gradient of a bias.
+KERNEL(column_sums) {
+  const int64_t width = shapes[0][1], rows = shapes[0][0];
+  const float* g = INPUT(0);
+  float* out = OUTPUT(1);
+  for_chunks(width, 64, [&](int64_t first, int64_t last) {
+    std::fill(out + first, out + last, 0.0f);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = first; c < last; ++c) out[c] += g[r * width + c];
+  });
+  return 0;
+}
+
+// x [M, heads, D] turned by cos, sin [M, 1, D] of two equal halves; by -sin with direction -1, which is the gradient.
+static int rotate_by(float direction, void** params, int* ndims, int64_t** shapes) {
+  const int64_t rows = shapes[0][0], heads = shapes[0][1], width = shapes[0][2], half = width / 2;
+  const float *x = INPUT(0), *cos = INPUT(1), *sin = INPUT(2);
+  float* out = OUTPUT(3);
+  for_chunks(rows, rows_per_chunk(heads * width), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      for (int64_t head = 0; head < heads; ++head) {
+        const float* from = x + (r * heads + head) * width;
+        float* to = out + (r * heads + head) * width;
+        for (int64_t i = 0; i < half; ++i) {
+          const float c = cos[r * width + i], s = direction * sin[r * width + i], low = from[i], high = from[half + i];
+          to[i] = low * c - high * s;
+          to[half + i] = high * c + low * s;
+        }
+      }
+    }
+  });
+  return 0;
+}
+
+KERNEL(rotate) { return rotate_by(1.0f, params, ndims, shapes); }
+KERNEL(rotate_gradient) { return rotate_by(-1.0f, params, ndims, shapes); }
+
+// --- the vocabulary ---------------------------------------------------------------------------------------------
+
+constexpr int64_t kBlock = 1024;
+
+// logits [N, V], labels [N] int32, temperature [] -> log-prob of the label, entropy, log of the total, each [N].
+KERNEL(target_logprobs) {
+  const int64_t rows = shapes[0][0], width = shapes[0][1];
+  const float *logits = INPUT(0), inverse = 1.0f / INPUT(2)[0];
+  const int32_t* labels = INTEGERS(1);
+  float *logprobs = OUTPUT(3), *entropy = OUTPUT(4), *log_totals = OUTPUT(5);
+  for_chunks(rows, rows_per_chunk(width), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const float *row = logits + r * width, most = maximum(row, width) * inverse;
+      double total = 0, weighted = 0;  // of blocks, each summed in float32
+      for (int64_t block = 0; block < width; block += kBlock) {
+        float shares = 0, products = 0;
+#pragma omp simd reduction(+ : shares, products)
+        for (int64_t i = block; i < std::min(width, block + kBlock); ++i) {
+          const float shifted = row[i] * inverse - most, share = exponential(shifted);
+          shares += share;
+          products += share * shifted;
+        }
+        total += shares;
+        weighted += products;
+      }
+      const double log_total = std::log(total);
+      logprobs[r] = row[labels[r]] * inverse - most - log_total;
+      entropy[r] = log_total - weighted / total;
+      log_totals[r] = most + log_total;
+    }
+  });
+  return 0;
+}
+
+// logits, labels, temperature, entropy and log of the total as above, gradients of log-prob and entropy [N] -> of the
+// logits [N, V].
+KERNEL(target_logprobs_gradient) {
+  const int64_t rows = shapes[0][0], width = shapes[0][1];
+  const float *logits = INPUT(0), inverse = 1.0f / INPUT(2)[0];
+  const int32_t* labels = INTEGERS(1);
+  for_chunks(rows, rows_per_chunk(width), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const float* row = logits + r * width;
+      float* out = OUTPUT(7) + r * width;
+      const float entropy = INPUT(3)[r], log_total = INPUT(4)[r];
+      const float of_logprob = INPUT(5)[r] * inverse, of_entropy = INPUT(6)[r] * inverse;
+      for (int64_t i = 0; i < width; ++i) {
+        const float logprob = row[i] * inverse - log_total;
+        out[i] = -exponential(logprob) * (of_logprob + of_entropy * (logprob + entropy));
+      }
+      out[labels[r]] += of_logprob;
+    }
+  });
+  return 0;
+}
+
+// logits [S, V], uniform [S], temperature [] -> token [S] int32 by inversion of the cumulative distribution, and its
+// log-prob [S]. Sums of blocks first, then inside the one where the threshold is passed.
+KERNEL(sample) {
+  const int64_t width = shapes[0][1];
+  const float inverse = 1.0f / INPUT(2)[0];
+  Pool::get().run(shapes[0][0], [&](int64_t r) {
+    const float *row = INPUT(0) + r * width, most = maximum(row, width) * inverse;
+    const auto share = [&](int64_t i) { return exponential(row[i] * inverse - most); };
+    thread_local std::vector<double> sums;
+    sums.clear();
+    double total = 0;
+    for (int64_t first = 0; first < width; first += kBlock) {
+      const int64_t last = std::min(width, first + kBlock);
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = first; i < last; ++i) sum += share(i);
+      sums.push_back(sum);
+      total += sum;
+    }
+    const double threshold = INPUT(1)[r] * total;
+    double passed = 0;
+    size_t block = 0;
+    while (block + 1 < sums.size() && passed + sums[block] <= threshold) passed += sums[block++];
+    const int64_t last = std::min<int64_t>(width, (block + 1) * kBlock);
+    int64_t token = -1;
+    for (int64_t i = block * kBlock; i < last; ++i) {
+      const float one = share(i);
+      if (one > 0) token = i;  // where rounding leaves none over the threshold, the last that can be drawn
+      if ((passed += one) > threshold) break;
+    }
+    if (token < 0) token = std::max_element(row, row + width) - row;
+    static_cast<int32_t*>(params[3])[r] = token;
+    OUTPUT(4)[r] = row[token] * inverse - most - static_cast<float>(std::log(total));
+  });
+  return 0;
+}
+
+// --- the optimizer ------------------------------------------------------------------------------------------------
+
+// x of any shape -> sum of its squares [1], in float64 beyond a chunk.
+KERNEL(squared_sum) {
+  int64_t items = 1;
+  for (int i = 0; i < ndims[0]; ++i) items *= shapes[0][i];
+  constexpr int64_t kSize = 16384;
+  std::vector<double> sums((items + kSize - 1) / kSize);
+  for_chunks(items, kSize, [&](int64_t first, int64_t last) {
+    sums[first / kSize] = dot(INPUT(0) + first, INPUT(0) + first, last - first);
+  });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  OUTPUT(1)[0] = static_cast<float>(total);
+  return 0;
+}
+
+// parameter, first and second moment, gradient of any one shape, all in place, the gradient to 0; then scale of the
+// gradient, learning rate, beta1, beta2, epsilon, decay, each [] -> nothing of meaning [1].
+KERNEL(adamw) {
+  int64_t items = 1;
+  for (int i = 0; i < ndims[0]; ++i) items *= shapes[0][i];
+  float *parameter = OUTPUT(0), *first_moment = OUTPUT(1), *second_moment = OUTPUT(2), *gradient = OUTPUT(3);
+  const float scale = INPUT(4)[0], rate = INPUT(5)[0], beta1 = INPUT(6)[0], beta2 = INPUT(7)[0];
+  const float epsilon = INPUT(8)[0], decay = INPUT(9)[0];
+  for_chunks(items, 16384, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const float g = gradient[i] * scale;
+      const float mean = first_moment[i] * beta1 + g * (1.0f - beta1);
+      const float square = second_moment[i] * beta2 + g * g * (1.0f - beta2);
+      parameter[i] -= rate * (mean / (std::sqrt(square) + epsilon) + decay * parameter[i]);
+      first_moment[i] = mean;
+      second_moment[i] = square;
+      gradient[i] = 0.0f;
+    }
+  });
+  OUTPUT(10)[0] = 0.0f;
   return 0;
 }

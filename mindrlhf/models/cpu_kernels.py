@@ -1,2 +1,141 @@
-def available():
-    return "none yet"
+"""Our own CPU kernels as MindSpore primitives, compiled where they are first needed.
+
+`PRIMITIVES` is None where they cannot be had: another device, no C++ compiler, or MINDRLHF_CPU_KERNELS=0. Then
+models/kernels.py computes the same from MindSpore's own primitives, and `available()` says why.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import mindspore as ms
+from mindspore import ops
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.h", "cpu_kernels.cpp", "cpu_attention.cpp"))
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
+
+
+def available() -> str | None:
+    """None where the kernels are in use, otherwise why not."""
+    return _REASON
+
+
+def _load() -> tuple[SimpleNamespace | None, str | None]:
+    if os.environ.get("MINDRLHF_CPU_KERNELS") == "0":
+        return None, "MINDRLHF_CPU_KERNELS=0 turned them off"
+    if ms.get_context("device_target") != "CPU":
+        return None, f"the device is {ms.get_context('device_target')}"
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        return None, "no C++ compiler (g++) is installed"
+    try:
+        return _primitives(_compiled(compiler)), None
+    except (OSError, subprocess.CalledProcessError) as error:
+        message = getattr(error, "stderr", None) or str(error)
+        return None, f"{compiler} failed: {message.strip().splitlines()[0]}"
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library, from the user's cache where the same source was compiled for the same CPU before."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    parts = [path.read_bytes() for path in SOURCES] + [" ".join(FLAGS).encode(), version.encode(), _cpu().encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindrlhf"
+    library = cache / f"cpu_kernels-{key}.so"
+    if library.exists():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    # Beside it and renamed: whoever looks sees a whole library or none, and of two processes either's will do.
+    with tempfile.TemporaryDirectory(dir=cache) as directory:
+        made = Path(directory) / library.name
+        command = [compiler, *FLAGS, "-o", str(made), *(str(path) for path in SOURCES if path.suffix == ".cpp")]
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        made.replace(library)
+    return library
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _primitives(library: Path) -> SimpleNamespace:
+    """One ops.Custom a kernel; shapes and types of the inputs give those of the outputs."""
+
+    def primitive(name: str, shapes, types, bprop=None):
+        return ops.Custom(f"{library}:{name}", shapes, types, func_type="aot", bprop=bprop)
+
+    def first(x, *_):
+        return x
+
+    def two(x, y, *_):
+        return x, y
+
+    def three(x, y, z, *_):
+        return x, y, z
+
+    rms_norm_gradient = primitive("rms_norm_gradient", two, two)
+    swiglu_gradient = primitive("swiglu_gradient", two, two)
+    rotate_gradient = primitive("rotate_gradient", first, first)
+    attention_gradient = primitive("attention_gradient", three, three)
+    column_sums = primitive("column_sums", lambda g: g[1:], first)
+    target_logprobs_gradient = primitive("target_logprobs_gradient", first, first)
+
+    def rms_norm_bprop(x, weight, epsilon, out, dout):
+        dx, dweight = rms_norm_gradient(x, weight, dout, epsilon)
+        return dx, dweight, ops.zeros_like(epsilon)
+
+    def swiglu_bprop(gate, up, out, dout):
+        return swiglu_gradient(gate, up, dout)
+
+    def rotate_bprop(x, cos, sin, out, dout):
+        return rotate_gradient(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
+
+    def add_bias_bprop(x, bias, out, dout):
+        return dout, column_sums(dout)
+
+    def attention_shapes(query, key, value, positions, *_):
+        return query, (positions[0], query[1], positions[1])
+
+    def attention_bprop(query, key, value, positions, segments, scale, out, dout):
+        attended, log_totals = out
+        gradients = attention_gradient(query, key, value, positions, segments, scale, attended, log_totals, dout[0])
+        return gradients + (ops.zeros_like(positions), ops.zeros_like(segments), ops.zeros_like(scale))
+
+    def target_logprobs_bprop(logits, labels, temperature, out, dout):
+        _, entropy, log_total = out
+        gradient = target_logprobs_gradient(logits, labels, temperature, entropy, log_total, dout[0], dout[1])
+        return gradient, ops.zeros_like(labels), ops.zeros_like(temperature)
+
+    float32, int32 = ms.float32, ms.int32
+    return SimpleNamespace(
+        projection=primitive("projections", lambda x, w, *_: (x[0], w[1]), first),
+        residual_projection=primitive("residual_projection", lambda x, w, residual, *_: residual, first),
+        rms_norm=primitive("rms_norm", first, first, rms_norm_bprop),
+        swiglu=primitive("swiglu", first, first, swiglu_bprop),
+        rotate=primitive("rotate", first, first, rotate_bprop),
+        add_bias=primitive("add_bias", first, first, add_bias_bprop),
+        attention=primitive("attention", attention_shapes, lambda query, *_: (query, query), attention_bprop),
+        decode_attention=primitive("decode_attention", first, first),
+        target_logprobs=primitive(
+            "target_logprobs",
+            lambda x, *_: (x[:1], x[:1], x[:1]),
+            lambda *_: (float32, float32, float32),
+            target_logprobs_bprop,
+        ),
+        squared_sum=primitive("squared_sum", lambda x: (1,), first),
+        adamw=primitive("adamw", lambda *_: (1,), first),
+        sample=primitive("sample", lambda x, *_: (x[:1], x[:1]), lambda *_: (int32, float32)),
+    )
+
+
+PRIMITIVES, _REASON = _load()

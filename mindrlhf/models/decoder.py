@@ -46,6 +46,9 @@ class _Linear(nn.Cell):
     def construct(self, x):
         return kernels.linear(x, self.weight, self.bias, self.transposed)
 
+    def added_to(self, residual, x):
+        return kernels.residual_linear(residual, x, self.weight, self.bias, self.transposed)
+
 
 class _Norm(nn.Cell):
     def __init__(self, name: str, weights: Weights, epsilon: float):
@@ -70,26 +73,22 @@ class _Attention(nn.Cell):
         eye = np.eye(half, dtype=np.float32)
         self.rotation = Tensor(np.block([[np.zeros_like(eye), eye], [-eye, np.zeros_like(eye)]]))
 
-    def _projected(self, x, cos, sin):
+    def construct(self, residual, x, positions, segments, cos, sin, mask):
+        """residual, x [B*T, H] -> (residual + attention [B*T, H], key and value [B*T, Hkv, D])."""
         query = self.q_proj(x).reshape(-1, self.heads, self.width)
         key = self.k_proj(x).reshape(-1, self.kv_heads, self.width)
         value = self.v_proj(x).reshape(-1, self.kv_heads, self.width)
         query = kernels.rotate(query, cos, sin, self.rotation)
-        return query, kernels.rotate(key, cos, sin, self.rotation), value
+        key = kernels.rotate(key, cos, sin, self.rotation)
+        attended = kernels.attention(query, key, value, positions, segments, mask, self.scale)
+        return self.o_proj.added_to(residual, attended), key, value
 
-    def construct(self, x, cos, sin, mask):
-        """x [B*T, H] -> ([B*T, H], key and value [B, Hkv, T, D])."""
-        query, key, value = self._projected(x, cos, sin)
-        batch, length = mask.shape[0], mask.shape[2]
-        key = key.reshape(batch, length, self.kv_heads, self.width).transpose(0, 2, 1, 3)
-        value = value.reshape(batch, length, self.kv_heads, self.width).transpose(0, 2, 1, 3)
-        query = query.reshape(batch, length, self.heads, self.width)
-        return self.o_proj(kernels.attention(query, key, value, mask, self.scale)), key, value
-
-    def decode(self, x, cos, sin, mask, rows, key_cache, value_cache):
-        query, key, value = self._projected(x, cos, sin)
-        out = kernels.cached_attention(query, key, value, key_cache, value_cache, rows, mask, self.scale)
-        return self.o_proj(out)
+    def decode(self, residual, x, positions, cos, sin, mask, rows, key_cache, value_cache):
+        out = kernels.decode_attention(
+            self.q_proj(x), self.k_proj(x), self.v_proj(x), positions, cos, sin, key_cache, value_cache, rows, mask,
+            self.scale, self.rotation,
+        )  # fmt: skip
+        return self.o_proj.added_to(residual, out)
 
 
 class _FeedForward(nn.Cell):
@@ -99,8 +98,8 @@ class _FeedForward(nn.Cell):
         self.up_proj = _Linear(f"{name}.up_proj", weights, False, transposed)
         self.down_proj = _Linear(f"{name}.down_proj", weights, False, transposed)
 
-    def construct(self, x):
-        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+    def construct(self, residual, x):
+        return self.down_proj.added_to(residual, kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class _Layer(nn.Cell):
@@ -111,14 +110,14 @@ class _Layer(nn.Cell):
         self.post_attention_layernorm = _Norm(f"{name}.post_attention_layernorm", weights, config.norm_epsilon)
         self.mlp = _FeedForward(config, f"{name}.mlp", weights, transposed)
 
-    def construct(self, x, cos, sin, mask):
-        attended, key, value = self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), key, value
+    def construct(self, x, positions, segments, cos, sin, mask):
+        x, key, value = self.self_attn(x, self.input_layernorm(x), positions, segments, cos, sin, mask)
+        return self.mlp(x, self.post_attention_layernorm(x)), key, value
 
-    def decode(self, x, cos, sin, mask, rows, key_cache, value_cache):
-        x = x + self.self_attn.decode(self.input_layernorm(x), cos, sin, mask, rows, key_cache, value_cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def decode(self, x, positions, cos, sin, mask, rows, key_cache, value_cache):
+        normed = self.input_layernorm(x)
+        x = self.self_attn.decode(x, normed, positions, cos, sin, mask, rows, key_cache, value_cache)
+        return self.mlp(x, self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Cell):
@@ -157,7 +156,7 @@ class Decoder(nn.Cell):
         mask = kernels.visible(positions, segments)
         x = ops.gather(self.embedding, tokens.reshape(-1), 0)
         for layer in self.layers:
-            x, _, _ = layer(x, cos, sin, mask)
+            x, _, _ = layer(x, positions, segments, cos, sin, mask)
         return self.norm(x)
 
     def prefill(self, tokens, positions, segments):
@@ -167,16 +166,16 @@ class Decoder(nn.Cell):
         x = ops.gather(self.embedding, tokens.reshape(-1), 0)
         cached = ()
         for layer in self.layers:
-            x, key, value = layer(x, cos, sin, mask)
-            cached = cached + (key, value)
+            x, key, value = layer(x, positions, segments, cos, sin, mask)
+            cached = cached + (kernels.by_head(key, tokens.shape[0]), kernels.by_head(value, tokens.shape[0]))
         return cached
 
     def decode(self, tokens, positions, rows, mask, key_caches, value_caches):
-        """One token a slot: tokens, positions [S] int32, rows and mask as in kernels.cached_attention -> [S, H]."""
+        """One token a slot: tokens, positions [S] int32, rows and mask as in kernels.decode_attention -> [S, H]."""
         cos, sin = self._rope(positions)
         x = ops.gather(self.embedding, tokens, 0)
         for i in range(len(self.layers)):
-            x = self.layers[i].decode(x, cos, sin, mask, rows, key_caches[i], value_caches[i])
+            x = self.layers[i].decode(x, positions, cos, sin, mask, rows, key_caches[i], value_caches[i])
         return self.norm(x)
 
     def logits(self, hidden):

@@ -1,11 +1,16 @@
-"""The decoder's arithmetic, one function a kernel, composed of primitives that a CPU has.
+"""The decoder's arithmetic, one function a kernel.
 
-A device with a fused kernel gets it here, behind the same function and the same test.
+Each has a form composed of MindSpore's primitives, which runs anywhere, and on a CPU most have a kernel of our own
+(cpu_kernels.py) behind the same function and the same test. A device with fused kernels gets them here.
 """
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 
+from mindrlhf.models import cpu_kernels
+
+_own = cpu_kernels.PRIMITIVES
+_has_own = _own is not None
 _matmul = ops.MatMul()
 _matmul_nt = ops.MatMul(transpose_b=True)
 _batch_matmul = ops.BatchMatMul()
@@ -18,44 +23,83 @@ _scatter_update = ops.ScatterUpdate()
 MASKED = -1e9  # added to the scores that must not be seen; exp of it is exactly 0 in float32
 
 
+# Rows up to which our product is faster than MatMul; also what the kernel has room for.
+FEW_ROWS = 64
+
+
 def linear(x, weight, bias, transposed: bool):
     """x [M, K] float32; weight [N, K], or [K, N] where transposed; bias [N] or None -> [M, N]."""
+    if _has_own and transposed and x.shape[0] <= FEW_ROWS:
+        return _own.projection(x, weight) if bias is None else _own.projection(x, weight, bias)
     out = _matmul(x, weight) if transposed else _matmul_nt(x, weight)
-    return out if bias is None else _bias_add(out, bias)
+    if bias is None:
+        return out
+    return _own.add_bias(out, bias) if _has_own else _bias_add(out, bias)
+
+
+def residual_linear(residual, x, weight, bias, transposed: bool):
+    """residual [M, N] + linear(x, weight, bias)."""
+    if _has_own and transposed and x.shape[0] <= FEW_ROWS:
+        if bias is None:
+            return _own.residual_projection(x, weight, residual)
+        return _own.residual_projection(x, weight, residual, bias)
+    return residual + linear(x, weight, bias, transposed)
 
 
 def rms_norm(x, weight, epsilon: float):
     """x [M, H] / root mean square over H, times weight [H] (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    if _has_own:
+        return _own.rms_norm(x, weight, Tensor(epsilon, ms.float32))
+    return composed_rms_norm(x, weight, epsilon)
+
+
+def composed_rms_norm(x, weight, epsilon: float):
     return x * ops.rsqrt(_mean(x * x, -1) + epsilon) * weight
 
 
 def swiglu(gate, up):
     """silu(gate) * up, both [M, I] (Shazeer 2020, arXiv 2002.05202)."""
+    return _own.swiglu(gate, up) if _has_own else composed_swiglu(gate, up)
+
+
+def composed_swiglu(gate, up):
     return ops.silu(gate) * up
 
 
 def rotate(x, cos, sin, rotation):
     """Rotary position embedding of x [M, heads, D] by cos, sin [M, 1, D] (Su et al. 2021, arXiv 2104.09864).
 
-    rotation [D, D] is the signed permutation (x1, x2) -> (-x2, x1) of the two halves: as a matmul it costs less than
-    the slices and the padding of their gradient.
+    rotation [D, D] is the signed permutation (x1, x2) -> (-x2, x1) of the two halves.
     """
+    return _own.rotate(x, cos, sin) if _has_own else composed_rotate(x, cos, sin, rotation)
+
+
+def composed_rotate(x, cos, sin, rotation):
+    # As a matmul the permutation costs less than the slices and the padding of their gradient.
     heads, width = x.shape[1], x.shape[2]
     turned = _matmul(x.reshape(-1, width), rotation).reshape(-1, heads, width)
     return x * cos + turned * sin
 
 
-def attention(query, key, value, mask, scale: float):
+def attention(query, key, value, positions, segments, mask, scale: float):
     """Grouped-query attention over whole rows (Ainslie et al. 2023, arXiv 2305.13245).
 
-    query [B, T, Hq, D]; key, value [B, Hkv, T, D]; mask [B, 1, T, T], 0 where seen, MASKED elsewhere.
-    Returns [B*T, Hq*D].
+    query [B*T, Hq, D]; key, value [B*T, Hkv, D]; positions, segments [B, T] int32 say who sees whom, and so does mask,
+    `visible` of them. Returns [B*T, Hq*D].
     """
-    batch, length, heads, width = query.shape
-    kv_heads = key.shape[1]
+    if _has_own:  # needs no mask
+        out, _ = _own.attention(query, key, value, positions, segments, Tensor(scale, ms.float32))
+        return out.reshape(query.shape[0], query.shape[1] * query.shape[2])
+    return composed_attention(query, key, value, mask, scale)
+
+
+def composed_attention(query, key, value, mask, scale: float):
+    batch, length = mask.shape[0], mask.shape[2]
+    heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[2]
     group = heads // kv_heads
     flat = (batch * kv_heads, group * length, width)
     query = query.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4).reshape(flat)
+    key, value = by_head(key, batch), by_head(value, batch)
     scores = _batch_matmul_nt(query * scale, key.reshape(batch * kv_heads, length, width))
     scores = scores.reshape(batch, heads, length, length) + mask
     weights = _softmax(scores).reshape(batch * kv_heads, group * length, length)
@@ -64,16 +108,32 @@ def attention(query, key, value, mask, scale: float):
     return out.reshape(batch * length, heads * width)
 
 
-def cached_attention(query, key, value, key_cache, value_cache, rows, mask, scale: float):
+def by_head(x, batch: int):
+    """Keys or values [B*T, Hkv, D] -> [B, Hkv, T, D]."""
+    return x.reshape(batch, -1, x.shape[1], x.shape[2]).transpose(0, 2, 1, 3)
+
+
+def decode_attention(
+    query, key, value, positions, cos, sin, key_cache, value_cache, rows, mask, scale: float, rotation
+):
     """One new token a slot against everything that the slot has cached.
 
-    query [S, Hq, D]; key, value [S, Hkv, D]: of the new token, written in place at rows [S*Hkv] int32 of the caches
-    [S*Hkv*L, D]; mask [S, 1, L]. Returns [S, Hq*D].
+    query [S, Hq*D]; key, value [S, Hkv*D]: of the new tokens, before the rotation by cos, sin [S, 1, D]; positions [S]
+    int32. Keys and values are written in place to the caches [S*Hkv*L, D], at rows [S*Hkv] int32; mask [S, 1, L] hides
+    what is after a slot's position. Returns [S, Hq*D].
     """
-    slots, heads, width = query.shape
-    kv_heads = key.shape[1]
+    if _has_own:  # needs neither rows nor mask, and reads only what a slot holds
+        scale = Tensor(scale, ms.float32)
+        return _own.decode_attention(query, key, value, positions, cos, sin, key_cache, value_cache, scale)
+    return composed_decode_attention(query, key, value, cos, sin, key_cache, value_cache, rows, mask, scale, rotation)
+
+
+def composed_decode_attention(query, key, value, cos, sin, key_cache, value_cache, rows, mask, scale, rotation):
+    slots, length, width = mask.shape[0], mask.shape[2], cos.shape[2]
+    heads, kv_heads = query.shape[1] // width, key.shape[1] // width
     group = heads // kv_heads
-    length = mask.shape[2]
+    query = composed_rotate(query.reshape(slots, heads, width), cos, sin, rotation)
+    key = composed_rotate(key.reshape(slots, kv_heads, width), cos, sin, rotation)
     key_cache = _scatter_update(key_cache, rows, key.reshape(slots * kv_heads, width))
     value_cache = _scatter_update(value_cache, rows, value.reshape(slots * kv_heads, width))
     query = (query * scale).reshape(slots * kv_heads, group, width)

@@ -10,7 +10,7 @@ from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.decoder import Decoder, random_weights
 from mindrlhf.rewards import Rewards
 from mindrlhf.trainer.online import OnlineTrainer, Update
-from mindrlhf.trainer.roles import Policy, checkpoint_weights
+from mindrlhf.trainer.roles import Policy, check_vocabulary, checkpoint_weights
 from mindrlhf.wrapper.train_step import TrainStep
 
 
@@ -51,12 +51,14 @@ class GRPOTrainer(OnlineTrainer):
         config = grpo_config or GRPOConfig()
         rewards = Rewards.from_functions(reward_funcs) if reward_funcs else None
         policy = None
-        if sft_model_config_train is not None:
+        if sft_model_config_train is None:
+            _refuse_without_model(
+                sft_model_config_infer=sft_model_config_infer, ref_model_config=ref_model_config, tokenizer=tokenizer
+            )
+        else:
             if tokenizer is None:
                 raise UserError("GRPOTrainer: tokenizer is needed beside the model configurations")
-            policy = _policy(sft_model_config_train, tokenizer, config.seed)
-            for name, other in (("infer", sft_model_config_infer), ("ref", ref_model_config)):
-                _check_same(policy.decoder.config, other, name)
+            policy = _policy(sft_model_config_train, sft_model_config_infer, ref_model_config, tokenizer, config.seed)
         super().__init__(config, policy, rewards)
         self.prompt_dataset = PromptBatches(len(self.prompts), config.rollout.prompts_per_step)
         if policy is not None and self.algorithm.kl_coef:
@@ -75,21 +77,39 @@ def init_grpo_dataset(trainer: GRPOTrainer) -> list[Update]:
     return trainer.make_dataset()
 
 
-def _policy(model_config: Any, tokenizer: Any, seed: int) -> Policy:
-    config = DecoderConfig.from_mindformers(model_config)
-    checkpoint = getattr(model_config, "checkpoint_name_or_path", None)
+# What makes two configurations one model; tables, initial spread and token ids may differ.
+_ARCHITECTURE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "qkv_bias",
+    "output_bias", "tie_embeddings", "norm_epsilon", "rope_theta", "rope_scaling",
+)  # fmt: skip
+
+
+def _policy(train: Any, infer: Any, ref: Any, tokenizer: Any, seed: int) -> Policy:
+    config = DecoderConfig.from_mindformers(train, "sft_model_config_train")
+    for name, other in (("sft_model_config_infer", infer), ("ref_model_config", ref)):
+        if other is not None:
+            _check_same(config, DecoderConfig.from_mindformers(other, name), name)
+    check_vocabulary(tokenizer, config, "sft_model_config_train")
+    checkpoint = getattr(train, "checkpoint_name_or_path", None)
     weights = checkpoint_weights(Path(checkpoint), config) if checkpoint else random_weights(config, seed)
-    return Policy(Decoder(config, weights), tokenizer, {"eos_token_id": tokenizer.eos_token_id})
+    # LlamaConfig's default, 2, is Llama's end and an ordinary token elsewhere: only special tokens end an answer.
+    ends = [tokenizer.eos_token_id, *(n for n in config.eos_token_ids if n in tokenizer.all_special_ids)]
+    return Policy(Decoder(config, weights), tokenizer, {"eos_token_id": list(dict.fromkeys(ends))})
 
 
-def _check_same(config: DecoderConfig, other: Any, name: str) -> None:
-    if other is None:
-        return
-    found = DecoderConfig.from_mindformers(other)
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    for field in fields:
-        if getattr(found, field) != getattr(config, field):
+def _check_same(config: DecoderConfig, other: DecoderConfig, name: str) -> None:
+    for field in _ARCHITECTURE:
+        if getattr(other, field) != getattr(config, field):
             raise UserError(
-                f"sft_model_config_{name}: {field} is {getattr(found, field)}, but {getattr(config, field)} in "
-                "sft_model_config_train; they must describe the same model"
+                f"{name}: {field} is {getattr(other, field)}, but {getattr(config, field)} in sft_model_config_train; "
+                "they must describe the same model"
             )
+
+
+def _refuse_without_model(**given: Any) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise UserError(
+            f"GRPOTrainer: sft_model_config_train is needed beside {', '.join(names)}; or leave them all out, and set "
+            "grpo_config.model.path"
+        )

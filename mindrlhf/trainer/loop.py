@@ -116,6 +116,7 @@ class Trainer(ABC):
                 print(f"resumed from {self.checkpoints.path(self.step)}")
             else:
                 self.prepare(log)
+            if self.step == 0 and not log.first("eval/"):
                 self._evaluate(log)
             with Progress(total, self.step, self.output.name, logging.progress) as progress:
                 while self.step < total:

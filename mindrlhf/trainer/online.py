@@ -25,6 +25,7 @@ from mindrlhf.trainer.roles import Policy, checkpoint_weights, open_policy
 from mindrlhf.trainer.supervised import SupervisedTrainer
 from mindrlhf.types import PolicyBatch, Prompt, Rollout
 from mindrlhf.utils.logging import RunLog
+from mindrlhf.utils.parallel import start
 from mindrlhf.utils.progress import Progress
 from mindrlhf.wrapper.generator import Generator
 from mindrlhf.wrapper.objectives import PolicyObjective
@@ -41,6 +42,7 @@ class OnlineTrainer(Trainer):
     def __init__(self, config: GRPOConfig, policy: Policy | None = None, rewards: Rewards | None = None):
         self.config = config
         _check(config)
+        start()
         rollout = config.rollout
         self.algorithm = resolve(config.algorithm, rollout)
         self.rewards = rewards or Rewards.from_config(config.rewards, Path())
@@ -57,9 +59,7 @@ class OnlineTrainer(Trainer):
         sources = self.prompts.sources
         self.order = PromptOrder([len(s.keys) for s in sources], [s.probability for s in sources], config.seed)
         stop = stop_ids(self.tokenizer, _ids(self.policy.generation_config), rollout.sampling.stop)
-        self.generator = Generator(
-            decoder, rollout.slots, rollout.max_prompt_tokens, rollout.sampling.max_tokens, stop
-        )
+        self.generator = Generator(decoder, rollout.slots, rollout.max_prompt_tokens, rollout.sampling.max_tokens, stop)
         self.train_step = TrainStep(
             PolicyObjective(decoder, self.algorithm.loss), decoder.trainable_params(), config.optimizer
         )
@@ -344,5 +344,5 @@ def _check(config: GRPOConfig) -> None:
     window = rollout.max_prompt_tokens + rollout.sampling.max_tokens
     if trainer.row_tokens and trainer.row_tokens < window:
         raise UserError(
-            f"trainer.row_tokens: {trainer.row_tokens} is under rollout.max_prompt_tokens + sampling.max_tokens, {window}"
+            f"trainer.row_tokens: {trainer.row_tokens} is under {window}, rollout.max_prompt_tokens + sampling.max_tokens"
         )

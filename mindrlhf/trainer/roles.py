@@ -47,7 +47,7 @@ def open_checkpoint(directory: str | Path, tokenizer: str = "") -> Policy:
         raise UserError(f"{directory}: no such checkpoint directory; download the model there or correct model.path")
     config = DecoderConfig.read(directory)
     loaded = load_tokenizer(tokenizer or directory)
-    _check_vocabulary(loaded, config, directory)
+    check_vocabulary(loaded, config, directory)
     decoder = Decoder(config, checkpoint_weights(directory, config))
     return Policy(decoder, loaded, read_generation_config(directory))
 
@@ -75,10 +75,10 @@ def build(config: BuildConfig, seed: int) -> Policy:
     return Policy(Decoder(decoder_config, random_weights(decoder_config, seed)), tokenizer, generation_config)
 
 
-def _check_vocabulary(tokenizer: Any, config: DecoderConfig, directory: Path) -> None:
+def check_vocabulary(tokenizer: Any, config: DecoderConfig, where: str | Path) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise UserError(
-            f"{directory}: the tokenizer has token {largest}, but the model's vocab_size is {config.vocab_size}; "
+            f"{where}: the tokenizer has token {largest}, but the model's vocab_size is {config.vocab_size}; "
             "they are of different models"
         )

@@ -64,7 +64,9 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
 
-    def save(self, step: int, state: dict[str, Any], optimizer: Iterable[Source], write: Callable[[Path], None]) -> Path:
+    def save(
+        self, step: int, state: dict[str, Any], optimizer: Iterable[Source], write: Callable[[Path], None]
+    ) -> Path:
         """`write` puts the model into the directory that it is given. An existing checkpoint of that step stays."""
         final = self.path(step)
         if final.exists():

@@ -112,7 +112,10 @@ class RunLog:
             from tensorboardX import SummaryWriter
 
             purge_step = None if warmup else self.purge_step
-            self.writers[folder] = SummaryWriter(str(self.directory / folder), purge_step=purge_step)
+            # Without the suffix, files opened within the same second overwrite one another.
+            suffix = f".from-{purge_step or 0}"
+            logdir = str(self.directory / folder)
+            self.writers[folder] = SummaryWriter(logdir, purge_step=purge_step, filename_suffix=suffix)
         for name, value in values.items():
             self.writers[folder].add_scalar(name, value, step)
 

@@ -60,6 +60,7 @@ def start(threads: int | None = None, seed: int | None = None) -> str:
     Returns the device. Raises UserError for several processes, an unknown device, and one that is not there.
     """
     _refuse_several_processes()
+    _leave_if_scheduler()
     if threads is not None and threads < 1:
         raise UserError(f"threads: {threads} is not 1 or more")
     prepare_environment()
@@ -68,13 +69,15 @@ def start(threads: int | None = None, seed: int | None = None) -> str:
     if not _started:
         device = device_target()
         mindspore.set_context(mode=mindspore.GRAPH_MODE)
-        try:
-            mindspore.set_device(device)
-        except RuntimeError as error:
-            reason = str(error).split(". ")[0]
-            raise UserError(f"{DEVICE_VARIABLE}={device}: {reason}; unset {DEVICE_VARIABLE} to use the CPU") from error
+        # MindSpore refuses set_device once anything has run, even the device that it runs on.
+        if mindspore.get_context("device_target") != device:
+            try:
+                mindspore.set_device(device)
+            except RuntimeError as error:
+                reason = str(error).split(". ")[0]
+                raise UserError(f"{DEVICE_VARIABLE}={device}: {reason}; unset it to use the CPU") from error
         if device == "CPU":
-            # It can be set once a process: a program of the user's that has done so keeps its own choice.
+            # It can be set once a process, before anything has run: what a user's program has chosen stays.
             with contextlib.suppress(RuntimeError):
                 mindspore.device_context.cpu.op_tuning.threads_num(threads or usable_cores())
         _started.append(device)
@@ -88,3 +91,12 @@ def _refuse_several_processes() -> None:
         count = os.environ.get(name) or "1"
         if count != "1":
             raise UserError(f"{name}={count}: several processes are not supported yet; unset it and start one process")
+
+
+def _leave_if_scheduler() -> None:
+    """msrun starts the script once more than there are workers, as their scheduler; one worker needs none.
+
+    Without this line it would train too, beside the worker and into the same directory.
+    """
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        raise SystemExit(0)

@@ -10,7 +10,11 @@ from mindspore import ops
 
 from mindrlhf.config import SamplingConfig
 from mindrlhf.errors import UserError
+from mindrlhf.models import cpu_kernels
 from mindrlhf.models.kernels import MASKED
+
+_own = cpu_kernels.PRIMITIVES
+_has_own = _own is not None
 
 
 def check_sampling(sampling: SamplingConfig) -> None:
@@ -55,6 +59,8 @@ def next_token(logits, uniform, temperature, top_k, top_p, min_p, features: tupl
     if "greedy" in features:
         token = ops.cast(ops.argmax(logits, 1), ms.int32)
         return token, _picked(logits, token)
+    if _has_own and not features:
+        return _own.sample(logits, uniform, temperature)
     scaled = logits / temperature
     kept = scaled
     if "top_k" in features or "top_p" in features:

@@ -2,20 +2,27 @@
 
 from collections.abc import Sequence
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.losses import logprobs_and_entropy
+from mindrlhf.models import cpu_kernels
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.types import PackedRows
+
+_own = cpu_kernels.PRIMITIVES
+_has_own = _own is not None
 
 
 def target_logprobs(decoder, tokens, positions, segments, index, labels, temperature, entropy_gradient: bool):
     """Log-prob of labels [N] and entropy [N], float32, at the N target positions only: the head runs nowhere else."""
     hidden = decoder(tokens, positions, segments)
-    return logprobs_and_entropy(
-        decoder.logits(ops.gather(hidden, index, 0)), labels, temperature, entropy_gradient=entropy_gradient
-    )
+    logits = decoder.logits(ops.gather(hidden, index, 0))
+    if _has_own:
+        logprobs, entropy, _ = _own.target_logprobs(logits, labels, Tensor(temperature, ms.float32))
+        return logprobs, entropy if entropy_gradient else ops.stop_gradient(entropy)
+    return logprobs_and_entropy(logits, labels, temperature, entropy_gradient=entropy_gradient)
 
 
 class Scorer(nn.Cell):

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients over micro-batches, global-norm clip, AdamW; what is not finite is skipped and named."""
+"""One optimizer step: gradients over micro-batches, global-norm clip, AdamW; what is not finite is skipped, named."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,6 +8,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.config import OptimizerConfig
+from mindrlhf.models import cpu_kernels
+
+_own = cpu_kernels.PRIMITIVES  # on a CPU; without them both cells below need a copy of the largest parameter
+_has_own = _own is not None
 
 
 class StepResult(NamedTuple):
@@ -40,7 +44,10 @@ class _SquaredNorms(nn.Cell):
     def construct(self):
         norms = ()
         for i in range(len(self.buffers)):
-            norms = norms + ((self.buffers[i] * self.buffers[i]).sum().reshape(1),)
+            if _has_own:
+                norms = norms + (_own.squared_sum(self.buffers[i]),)
+            else:
+                norms = norms + ((self.buffers[i] * self.buffers[i]).sum().reshape(1),)
         return ops.concat(norms)
 
 
@@ -58,12 +65,15 @@ class _Update(nn.Cell):
     def construct(self, scale, learning_rate, epsilon, decay, zero):
         done = zero
         for i in range(len(self.parameters)):
-            gradient = self.buffers[i] * scale
-            step = self.adam(
-                self.parameters[i], self.first[i], self.second[i], learning_rate, self.beta1, self.beta2, epsilon,
-                decay if self.decayed[i] else zero, gradient,
-            )  # fmt: skip
-            done = ops.depend(done, (step, ops.assign(self.buffers[i], ops.zeros_like(gradient))))
+            its_decay = decay if self.decayed[i] else zero
+            moved = self.parameters[i], self.first[i], self.second[i]
+            numbers = learning_rate, self.beta1, self.beta2, epsilon, its_decay
+            if _has_own:
+                done = ops.depend(done, _own.adamw(*moved, self.buffers[i], scale, *numbers))
+            else:
+                gradient = self.buffers[i] * scale
+                step = self.adam(*moved, *numbers, gradient)
+                done = ops.depend(done, (step, ops.assign(self.buffers[i], ops.zeros_like(gradient))))
         return done
 
 

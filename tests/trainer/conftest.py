@@ -48,7 +48,8 @@ def tiny_config(problems, tmp_path):
             "logging.tensorboard": "false",
             "logging.progress": "false",
         }
-        values |= {name.replace("__", "."): str(value).replace("PROBLEMS", str(problems)) for name, value in overrides.items()}
+        for name, value in overrides.items():
+            values[name.replace("__", ".")] = str(value).replace("PROBLEMS", str(problems))
         return load_config(GRPOConfig, None, [f"{name}={value}" for name, value in values.items()])
 
     return make
