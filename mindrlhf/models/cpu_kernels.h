@@ -66,7 +66,9 @@ class Pool {
     for (uint32_t seen = jobs_.load();; seen = jobs_.load()) {
       work();
       for (int spin = 0; spin < kSpins && jobs_.load(std::memory_order_relaxed) == seen; ++spin) {
+#ifdef __x86_64__
         __builtin_ia32_pause();
+#endif
       }
       jobs_.wait(seen);
     }

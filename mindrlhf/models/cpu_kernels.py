@@ -35,9 +35,9 @@ def _load() -> tuple[SimpleNamespace | None, str | None]:
         return None, "no C++ compiler (g++) is installed"
     try:
         return _primitives(_compiled(compiler)), None
-    except (OSError, subprocess.CalledProcessError) as error:
-        message = getattr(error, "stderr", None) or str(error)
-        return None, f"{compiler} failed: {message.strip().splitlines()[0]}"
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
+        message = (getattr(error, "stderr", None) or "").strip() or str(error)
+        return None, f"{compiler} failed: {message.splitlines()[0]}"
 
 
 def _compiled(compiler: str) -> Path:
@@ -68,73 +68,89 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
+def _first(x, *_):
+    return x
+
+
+def _two(x, y, *_):
+    return x, y
+
+
+def _three(x, y, z, *_):
+    return x, y, z
+
+
 def _primitives(library: Path) -> SimpleNamespace:
     """One ops.Custom a kernel; shapes and types of the inputs give those of the outputs."""
 
     def primitive(name: str, shapes, types, bprop=None):
         return ops.Custom(f"{library}:{name}", shapes, types, func_type="aot", bprop=bprop)
 
-    def first(x, *_):
-        return x
-
-    def two(x, y, *_):
-        return x, y
-
-    def three(x, y, z, *_):
-        return x, y, z
-
-    rms_norm_gradient = primitive("rms_norm_gradient", two, two)
-    swiglu_gradient = primitive("swiglu_gradient", two, two)
-    rotate_gradient = primitive("rotate_gradient", first, first)
-    attention_gradient = primitive("attention_gradient", three, three)
-    column_sums = primitive("column_sums", lambda g: g[1:], first)
-    target_logprobs_gradient = primitive("target_logprobs_gradient", first, first)
-
-    def rms_norm_bprop(x, weight, epsilon, out, dout):
-        dx, dweight = rms_norm_gradient(x, weight, dout, epsilon)
-        return dx, dweight, ops.zeros_like(epsilon)
-
-    def swiglu_bprop(gate, up, out, dout):
-        return swiglu_gradient(gate, up, dout)
-
-    def rotate_bprop(x, cos, sin, out, dout):
-        return rotate_gradient(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
-
-    def add_bias_bprop(x, bias, out, dout):
-        return dout, column_sums(dout)
-
     def attention_shapes(query, key, value, positions, *_):
         return query, (positions[0], query[1], positions[1])
 
-    def attention_bprop(query, key, value, positions, segments, scale, out, dout):
-        attended, log_totals = out
-        gradients = attention_gradient(query, key, value, positions, segments, scale, attended, log_totals, dout[0])
-        return gradients + (ops.zeros_like(positions), ops.zeros_like(segments), ops.zeros_like(scale))
-
-    def target_logprobs_bprop(logits, labels, temperature, out, dout):
-        _, entropy, log_total = out
-        gradient = target_logprobs_gradient(logits, labels, temperature, entropy, log_total, dout[0], dout[1])
-        return gradient, ops.zeros_like(labels), ops.zeros_like(temperature)
-
     float32, int32 = ms.float32, ms.int32
+    bprops = _bprops(primitive)
     return SimpleNamespace(
-        projection=primitive("projections", lambda x, w, *_: (x[0], w[1]), first),
-        residual_projection=primitive("residual_projection", lambda x, w, residual, *_: residual, first),
-        rms_norm=primitive("rms_norm", first, first, rms_norm_bprop),
-        swiglu=primitive("swiglu", first, first, swiglu_bprop),
-        rotate=primitive("rotate", first, first, rotate_bprop),
-        add_bias=primitive("add_bias", first, first, add_bias_bprop),
-        attention=primitive("attention", attention_shapes, lambda query, *_: (query, query), attention_bprop),
-        decode_attention=primitive("decode_attention", first, first),
+        projection=primitive("projections", lambda x, w, *_: (x[0], w[1]), _first),
+        residual_projection=primitive("residual_projection", lambda x, w, residual, *_: residual, _first),
+        rms_norm=primitive("rms_norm", _first, _first, bprops.rms_norm),
+        swiglu=primitive("swiglu", _first, _first, bprops.swiglu),
+        rotate=primitive("rotate", _first, _first, bprops.rotate),
+        add_bias=primitive("add_bias", _first, _first, bprops.add_bias),
+        attention=primitive("attention", attention_shapes, lambda query, *_: (query, query), bprops.attention),
+        decode_attention=primitive("decode_attention", _first, _first),
+        squared_sum=primitive("squared_sum", lambda x: (1,), _first),
+        adamw=primitive("adamw", lambda *_: (1,), _first),
         target_logprobs=primitive(
             "target_logprobs",
             lambda x, *_: (x[:1], x[:1], x[:1]),
             lambda *_: (float32, float32, float32),
-            target_logprobs_bprop,
+            bprops.target_logprobs,
         ),
-        squared_sum=primitive("squared_sum", lambda x: (1,), first),
-        adamw=primitive("adamw", lambda *_: (1,), first),
         sample=primitive("sample", lambda x, *_: (x[:1], x[:1]), lambda *_: (int32, float32)),
+    )
+
+
+def _bprops(primitive) -> SimpleNamespace:
+    """How each kernel that is trained through passes gradients on: kernels again; 0 for what is no parameter."""
+    rms_norm_gradient = primitive("rms_norm_gradient", _two, _two)
+    swiglu_gradient = primitive("swiglu_gradient", _two, _two)
+    rotate_gradient = primitive("rotate_gradient", _first, _first)
+    attention_gradient = primitive("attention_gradient", _three, _three)
+    column_sums = primitive("column_sums", lambda g: g[1:], _first)
+    target_logprobs_gradient = primitive("target_logprobs_gradient", _first, _first)
+
+    def rms_norm(x, weight, epsilon, out, dout):
+        dx, dweight = rms_norm_gradient(x, weight, dout, epsilon)
+        return dx, dweight, ops.zeros_like(epsilon)
+
+    def swiglu(gate, up, out, dout):
+        return swiglu_gradient(gate, up, dout)
+
+    def rotate(x, cos, sin, out, dout):
+        return rotate_gradient(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
+
+    def add_bias(x, bias, out, dout):
+        return dout, column_sums(dout)
+
+    def attention(query, key, value, positions, segments, scale, out, dout):
+        attended, log_totals = out
+        gradients = attention_gradient(query, key, value, positions, segments, scale, attended, log_totals, dout[0])
+        return gradients + (ops.zeros_like(positions), ops.zeros_like(segments), ops.zeros_like(scale))
+
+    def target_logprobs(logits, labels, temperature, out, dout):
+        _, entropy, log_total = out
+        gradient = target_logprobs_gradient(logits, labels, temperature, entropy, log_total, dout[0], dout[1])
+        return gradient, ops.zeros_like(labels), ops.zeros_like(temperature)
+
+    return SimpleNamespace(
+        rms_norm=rms_norm,
+        swiglu=swiglu,
+        rotate=rotate,
+        add_bias=add_bias,
+        attention=attention,
+        target_logprobs=target_logprobs,
     )
 
 

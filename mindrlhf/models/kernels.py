@@ -23,13 +23,17 @@ _scatter_update = ops.ScatterUpdate()
 MASKED = -1e9  # added to the scores that must not be seen; exp of it is exactly 0 in float32
 
 
-# Rows up to which our product is faster than MatMul; also what the kernel has room for.
-FEW_ROWS = 64
+# Rows between which our product is faster than MatMul: fewer wait for the memory, more do not fit the kernel.
+FEW_ROWS = (8, 64)
+
+
+def few(rows: int) -> bool:
+    return FEW_ROWS[0] <= rows <= FEW_ROWS[1]
 
 
 def linear(x, weight, bias, transposed: bool):
     """x [M, K] float32; weight [N, K], or [K, N] where transposed; bias [N] or None -> [M, N]."""
-    if _has_own and transposed and x.shape[0] <= FEW_ROWS:
+    if _has_own and transposed and few(x.shape[0]):
         return _own.projection(x, weight) if bias is None else _own.projection(x, weight, bias)
     out = _matmul(x, weight) if transposed else _matmul_nt(x, weight)
     if bias is None:
@@ -39,7 +43,7 @@ def linear(x, weight, bias, transposed: bool):
 
 def residual_linear(residual, x, weight, bias, transposed: bool):
     """residual [M, N] + linear(x, weight, bias)."""
-    if _has_own and transposed and x.shape[0] <= FEW_ROWS:
+    if _has_own and transposed and few(x.shape[0]):
         if bias is None:
             return _own.residual_projection(x, weight, residual)
         return _own.residual_projection(x, weight, residual, bias)

@@ -344,5 +344,5 @@ def _check(config: GRPOConfig) -> None:
     window = rollout.max_prompt_tokens + rollout.sampling.max_tokens
     if trainer.row_tokens and trainer.row_tokens < window:
         raise UserError(
-            f"trainer.row_tokens: {trainer.row_tokens} is under {window}, rollout.max_prompt_tokens + sampling.max_tokens"
+            f"trainer.row_tokens: {trainer.row_tokens} is under rollout.max_prompt_tokens + max_tokens, {window}"
         )

@@ -31,6 +31,11 @@ class RecomputeGenerator:
                 sequence.append(int(token))
         return [sequence[len(ids) :] for sequence, ids in zip(sequences, prompts, strict=True)]
 
+    def compile(self, rows: int, longest: int) -> None:
+        """Every width up to `longest` tokens, so that `generate` measures no compilation."""
+        for width in range(self.bucket, longest + self.bucket, self.bucket):
+            self._next([[0] * width] * rows)
+
     def _next(self, sequences: list[list[int]]) -> np.ndarray:
         width = -(-max(map(len, sequences)) // self.bucket) * self.bucket
         tokens, segments = (np.zeros((len(sequences), width), np.int32) for _ in range(2))
