@@ -50,13 +50,28 @@ void run_products(const float* x, int64_t rows, int64_t inner, const std::vector
 KERNEL(projections) {
   std::vector<Product> products;
   int input = 1;
-  for (int outputs = 0; input + outputs < count; ++outputs) {
-    const bool biased = input + 1 < count && ndims[input + 1] == 1;
+  while (input + static_cast<int>(products.size()) < count) {
+    const bool biased = ndims[input + 1] == 1;
     products.push_back({INPUT(input), biased ? INPUT(input + 1) : nullptr, nullptr, nullptr, shapes[input][1]});
     input += biased ? 2 : 1;
   }
   for (size_t i = 0; i < products.size(); ++i) products[i].out = OUTPUT(input + i);
   run_products(INPUT(0), shapes[0][0], shapes[0][1], products);
+  return 0;
+}
+
+// x [M, K], gate and up [K, N] -> silu(x @ gate) * (x @ up) [M, N].
+KERNEL(gated_projection) {
+  const int64_t rows = shapes[0][0], outer = shapes[1][1];
+  thread_local std::vector<float> gate;
+  gate.resize(rows * outer);
+  float* out = OUTPUT(3);
+  run_products(INPUT(0), rows, shapes[0][1],
+               {{INPUT(1), nullptr, nullptr, gate.data(), outer}, {INPUT(2), nullptr, nullptr, out, outer}});
+  const float* gates = gate.data();
+  for_chunks(rows * outer, 4096, [=](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) out[i] *= gates[i] * sigmoid(gates[i]);
+  });
   return 0;
 }
 

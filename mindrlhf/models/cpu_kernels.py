@@ -89,10 +89,15 @@ def _primitives(library: Path) -> SimpleNamespace:
     def attention_shapes(query, key, value, positions, *_):
         return query, (positions[0], query[1], positions[1])
 
+    def three_shapes(x, *parameters):
+        return tuple((x[0], shape[1]) for shape in parameters if len(shape) == 2)
+
     float32, int32 = ms.float32, ms.int32
     bprops = _bprops(primitive)
     return SimpleNamespace(
         projection=primitive("projections", lambda x, w, *_: (x[0], w[1]), _first),
+        three_projections=primitive("projections", three_shapes, _three),
+        gated_projection=primitive("gated_projection", lambda x, gate, up: (x[0], gate[1]), _first),
         residual_projection=primitive("residual_projection", lambda x, w, residual, *_: residual, _first),
         rms_norm=primitive("rms_norm", _first, _first, bprops.rms_norm),
         swiglu=primitive("swiglu", _first, _first, bprops.swiglu),

@@ -73,21 +73,27 @@ class _Attention(nn.Cell):
         eye = np.eye(half, dtype=np.float32)
         self.rotation = Tensor(np.block([[np.zeros_like(eye), eye], [-eye, np.zeros_like(eye)]]))
 
+    def _projected(self, x):
+        weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+        biases = self.q_proj.bias, self.k_proj.bias, self.v_proj.bias
+        return kernels.three_linears(x, weights, biases, self.q_proj.transposed)
+
     def construct(self, residual, x, positions, segments, cos, sin, mask):
         """residual, x [B*T, H] -> (residual + attention [B*T, H], key and value [B*T, Hkv, D])."""
-        query = self.q_proj(x).reshape(-1, self.heads, self.width)
-        key = self.k_proj(x).reshape(-1, self.kv_heads, self.width)
-        value = self.v_proj(x).reshape(-1, self.kv_heads, self.width)
+        query, key, value = self._projected(x)
+        query = query.reshape(-1, self.heads, self.width)
+        key = key.reshape(-1, self.kv_heads, self.width)
+        value = value.reshape(-1, self.kv_heads, self.width)
         query = kernels.rotate(query, cos, sin, self.rotation)
         key = kernels.rotate(key, cos, sin, self.rotation)
         attended = kernels.attention(query, key, value, positions, segments, mask, self.scale)
         return self.o_proj.added_to(residual, attended), key, value
 
     def decode(self, residual, x, positions, cos, sin, mask, rows, key_cache, value_cache):
+        query, key, value = self._projected(x)
         out = kernels.decode_attention(
-            self.q_proj(x), self.k_proj(x), self.v_proj(x), positions, cos, sin, key_cache, value_cache, rows, mask,
-            self.scale, self.rotation,
-        )  # fmt: skip
+            query, key, value, positions, cos, sin, key_cache, value_cache, rows, mask, self.scale, self.rotation
+        )
         return self.o_proj.added_to(residual, out)
 
 
@@ -99,7 +105,8 @@ class _FeedForward(nn.Cell):
         self.down_proj = _Linear(f"{name}.down_proj", weights, False, transposed)
 
     def construct(self, residual, x):
-        return self.down_proj.added_to(residual, kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gated = kernels.gated_linear(x, self.gate_proj.weight, self.up_proj.weight, self.gate_proj.transposed)
+        return self.down_proj.added_to(residual, gated)
 
 
 class _Layer(nn.Cell):
@@ -145,6 +152,7 @@ class Decoder(nn.Cell):
             self.head = _parameter(np.ascontiguousarray(head.T) if transposed else head, "lm_head.weight")
         cos, sin = rope_tables(config)
         self.cos, self.sin = Tensor(cos), Tensor(sin)
+        self.by_name = {parameter.name: parameter for parameter in self.get_parameters()}
 
     def _rope(self, positions):
         flat = positions.reshape(-1)
@@ -186,14 +194,12 @@ class Decoder(nn.Cell):
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and float32 array, Hugging Face's names, shapes and order; views of the parameters where possible."""
-        own = {parameter.name: parameter for parameter in self.get_parameters()}
         for name in expected_shapes(self.config):
-            yield name, self._as_stored(own[name])
+            yield name, self.weights(name)
 
     def weights(self, name: str) -> np.ndarray:
         """The parameter of that name: a decoder can be built from another one's weights."""
-        own = {parameter.name: parameter for parameter in self.get_parameters()}
-        return self._as_stored(own[name])
+        return self._as_stored(self.by_name[name])
 
     def load(self, weights: Weights) -> None:
         """New values for every parameter. Compiled cells that use them see the new values without recompiling."""
@@ -202,8 +208,11 @@ class Decoder(nn.Cell):
             array = weights(name)
             if self._is_transposed(parameter.name):
                 array = array.T
-            # A copy: set_data adopts the array, and two decoders must not share one.
-            parameter.set_data(Tensor.from_numpy(np.array(array, np.float32, order="C")))
+            view = parameter.asnumpy()
+            if view.ctypes.data == parameter.data_ptr():
+                np.copyto(view, array)  # in place: set_data would hold the old and the new for a while
+            else:
+                parameter.set_data(Tensor.from_numpy(np.array(array, np.float32, order="C")))
 
     def _is_tied_head(self, name: str) -> bool:
         return self.config.tie_embeddings and name == "lm_head.weight"

@@ -41,6 +41,25 @@ def linear(x, weight, bias, transposed: bool):
     return _own.add_bias(out, bias) if _has_own else _bias_add(out, bias)
 
 
+def three_linears(x, weights, biases, transposed: bool):
+    """The same x by three weights, one kernel where it is small; biases: a tuple of three, or of three None."""
+    a, b, c = weights
+    if _has_own and transposed and few(x.shape[0]):
+        if biases[0] is None:
+            return _own.three_projections(x, a, b, c)
+        return _own.three_projections(x, a, biases[0], b, biases[1], c, biases[2])
+    return (
+        linear(x, a, biases[0], transposed), linear(x, b, biases[1], transposed), linear(x, c, biases[2], transposed)
+    )  # fmt: skip
+
+
+def gated_linear(x, gate, up, transposed: bool):
+    """swiglu of x by two weights [K, N] where transposed, [N, K] elsewhere -> [M, N]."""
+    if _has_own and transposed and few(x.shape[0]):
+        return _own.gated_projection(x, gate, up)
+    return swiglu(linear(x, gate, None, transposed), linear(x, up, None, transposed))
+
+
 def residual_linear(residual, x, weight, bias, transposed: bool):
     """residual [M, N] + linear(x, weight, bias)."""
     if _has_own and transposed and few(x.shape[0]):

@@ -112,6 +112,7 @@ class OnlineTrainer(Trainer):
                 break
         self.rollouts = [replace(answer, group=i) for i, group in enumerate(kept) for answer in group]
         self.experience = self._describe_all(everything) | {"groups": len(kept), "rounds": number + 1}
+        self.generator.release()  # training needs the memory; the next sync writes all of it anew
         return self.rollouts
 
     def _groups(self, prompts: Sequence[Prompt], count: int, sampling: SamplingConfig, seed: int):
@@ -194,6 +195,7 @@ class OnlineTrainer(Trainer):
         )  # fmt: skip
         for _ in range(config.epochs_per_rollout):
             results += [train_step(update, rate) for update in dataset]
+        train_step.release()
         self.step += 1
         skipped = [result.skipped for result in results if result.skipped]
         metrics = {"learning_rate": rate, "skipped_updates": train_step.skipped}

@@ -19,6 +19,7 @@ from mindrlhf.errors import UserError
 from mindrlhf.models import kernels
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.types import Prompt, Rollout
+from mindrlhf.utils.memory import give_back
 from mindrlhf.wrapper.sampling import check_sampling, mix, next_token, uniforms
 
 
@@ -61,6 +62,9 @@ class _Decode(nn.Cell):
         self.first_row = Tensor(np.arange(slots * self.kv_heads, dtype=np.int32)[None] * length).reshape(slots, -1)
         self.range = Tensor(np.arange(length, dtype=np.int32)[None])
         self.features = features
+        # MindSpore's name for a cell whose inputs never change in shape: after its first call it skips the checks of
+        # all child cells, 1 ms a step.
+        self.phase = "increment"
 
     def construct(self, tokens, positions, uniform, temperature, top_k, top_p, min_p, penalty, seen):
         rows = (self.first_row + positions.expand_dims(1)).reshape(-1)
@@ -116,12 +120,19 @@ class Generator:
         self._prefill = _Prefill(self.decoder)
         self._insert = _Insert(self._caches)
         self._decode: dict[tuple[str, ...], _Decode] = {}
+        self._released = False
         self.decode_steps = 0  # decode graphs run so far, for benchmarks and tests of slot use
         self.prefilled = 0  # prompts prefilled so far
 
     def sync(self) -> None:
         """Copy the policy's weights in, laid out for decoding."""
         self.decoder.load(self.policy.weights)
+        self._released = False
+
+    def release(self) -> None:
+        """Give back the memory of weights and caches until the next `sync`."""
+        give_back([*self.decoder.get_parameters(), *self._caches])
+        self._released = True
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, sampling: SamplingConfig, seed: int
@@ -131,6 +142,7 @@ class Generator:
         Raises UserError for a prompt over max_prompt_tokens and for sampling parameters out of range.
         """
         check_sampling(sampling)
+        assert not self._released, "sync() before generate(): release() gave the weights back"
         if sampling.max_tokens > self.max_tokens:
             raise UserError(f"sampling.max_tokens {sampling.max_tokens} is over the generator's {self.max_tokens}")
         for prompt in prompts:

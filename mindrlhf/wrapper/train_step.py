@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.config import OptimizerConfig
+from mindrlhf.utils.memory import give_back
 from mindrlhf.models import cpu_kernels
 
 _own = cpu_kernels.PRIMITIVES  # on a CPU; without them both cells below need a copy of the largest parameter
@@ -136,6 +137,10 @@ class TrainStep:
             0.0,
         )
         self._update(*(Tensor(number, ms.float32) for number in numbers)).asnumpy()
+
+    def release(self) -> None:
+        """Give back the gradient buffers' memory until the next step: they are zero, as dropped pages read."""
+        give_back(self._buffers)
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         """Adam's moments, by parameter name, for a checkpoint."""

@@ -92,6 +92,19 @@ def test_few_rows(rows, inner, outer):
     close(cells.Call(own.residual_projection)(x, weight, residual, bias), expected)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_projections_and_gate(biased):
+    x, weights = normal(9, 70), [normal(70, outer, scale=0.3) for outer in (40, 33, 300)]
+    biases = [normal(weight.shape[1]) for weight in weights]
+    expected = [x.asnumpy().astype(np.float64) @ weight.asnumpy() for weight in weights]
+    inputs = [part for pair in zip(weights, biases, strict=True) for part in pair] if biased else weights
+    for ours, product, bias in zip(cells.Call(own.three_projections)(x, *inputs), expected, biases, strict=True):
+        close(ours, product + bias.asnumpy() * biased)
+    up = normal(70, 40)
+    gated = expected[0] / (1 + np.exp(-expected[0])) * (x.asnumpy().astype(np.float64) @ up.asnumpy())
+    close(cells.Call(own.gated_projection)(x, weights[0], up), gated)
+
+
 def test_a_row_does_not_depend_on_the_others():
     x, weight = normal(16, 300), normal(300, 70)
     whole = cells.Call(own.projection)(x, weight).asnumpy()

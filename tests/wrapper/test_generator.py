@@ -94,7 +94,9 @@ def test_finished_means_a_stop_token_at_the_end(generator, micro_prompts):
 
 
 def test_nothing_recompiles_in_the_loop(generator, micro_prompts, compilations):
+    """One prefill and one insertion for every power of two of prompt length, one decode graph for all."""
     generator.generate(micro_prompts, 3, SamplingConfig(max_tokens=20), 7)
+    generator.generate(micro_prompts[:2], 1, SamplingConfig(max_tokens=20), 7)
     before = compilations()
     for seed in range(3):
         generator.generate(micro_prompts, 3, SamplingConfig(max_tokens=20 - seed, temperature=1 + seed), seed)

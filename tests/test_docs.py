@@ -1,0 +1,185 @@
+"""The documents against the code: commands, keys, links, the generated page, the table of algorithms."""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from mindrlhf.cli.main import COMMANDS
+from mindrlhf.config import GRPOConfig, InferenceConfig, load_config
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+CONFIGS = {"grpo": GRPOConfig, "generate": InferenceConfig, "eval": InferenceConfig}
+SECTIONS = "model|data|warmup|rollout|algorithm|optimizer|trainer|logging"
+MODULES = {name: module for name, _, module in COMMANDS}
+
+sys.path.insert(0, str(ROOT / "docs"))
+import make_configuration  # noqa: E402
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(text, *languages):
+    """The contents of fenced code blocks in these languages."""
+    return [body for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if language in languages]
+
+
+def commands(text):
+    """Shell lines, continued ones joined: of code blocks, indented code, and `mindrlhf ...` in the text."""
+    code = "\n".join(blocks(text, "sh", "bash", "shell"))
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    prose = re.sub(r"<!--.*?-->", "", prose, flags=re.S)
+    code += "\n" + "\n".join(line for line in prose.splitlines() if line.startswith("    "))
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    code += "\n" + "\n".join(span for span in spans if re.match(r"(mindrlhf|make) ", span))
+    lines = code.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines if is_command(line)) if words]
+
+
+def is_command(line):
+    return re.match(r"(\.venv/bin/)?(mindrlhf|make|python|pytest)\b", line.strip()) is not None
+
+
+def without_fences(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def test_there_are_documents():
+    assert {"README.md", "README_CN.md", "docs/configuration.md"} <= {name_of(path) for path in DOCUMENTS}
+    assert len(commands((ROOT / "README.md").read_text(encoding="utf-8"))) > 8
+
+
+def test_configuration_page_is_what_the_script_makes():
+    assert make_configuration.TARGET.read_text(encoding="utf-8") == make_configuration.configuration(), (
+        "run: python docs/make_configuration.py"
+    )
+
+
+def test_every_key_has_a_meaning():
+    page = make_configuration.configuration()
+    assert not re.findall(r"^\| `\w+` .*\|  \|$", page, re.M)
+    for name in make_configuration.MEANINGS:
+        cls, field = name.split(".")
+        comments = make_configuration._comments(cls)
+        assert field in comments and not comments[field], f"{name}: config.py has a comment; remove it from MEANINGS"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_commands_exist(path):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    for words in commands(path.read_text(encoding="utf-8")):
+        program, rest = Path(words[0]).name, words[1:]
+        if program == "make":
+            wanted = [word for word in rest if "=" not in word]
+            assert set(wanted) <= set(targets), f"{name_of(path)}: no target for {words}"
+        elif program == "mindrlhf":
+            check_command(path, rest)
+        else:
+            scripts = [word for word in rest if word.endswith(".py") or word.startswith(("tests/", "examples/"))]
+            missing = [word for word in scripts if not (ROOT / word).exists()]
+            assert not missing, f"{name_of(path)}: {missing} not there"
+
+
+def check_command(path, words):
+    """Its options are parsed by the command's own parser, its overrides read into its own configuration."""
+    where = f"{name_of(path)}: mindrlhf {' '.join(words)}"
+    if not words or words[0].startswith(("-", "COMMAND")) or words == ["eval,"]:
+        return
+    assert words[0] in MODULES, where
+    if len(words) == 1 and "`" not in where:  # the command's name alone
+        return
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module(MODULES[words[0]]).add_arguments(parser)
+    arguments = parser.parse_intermixed_args(words[1:])
+    config = getattr(arguments, "config", None)
+    if config:
+        assert config == "x.yaml" or (ROOT / config).is_file(), where
+    overrides = [word for word in getattr(arguments, "overrides", []) if word != "a.b=c"]
+    if words[0] in CONFIGS:
+        load_config(CONFIGS[words[0]], ROOT / config if config and config != "x.yaml" else None, overrides)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_yaml_blocks_are_configurations(path, tmp_path):
+    for number, block in enumerate(blocks(path.read_text(encoding="utf-8"), "yaml")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block, encoding="utf-8")
+        load_config(GRPOConfig, file)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_python_blocks_compile(path):
+    for block in blocks(path.read_text(encoding="utf-8"), "python"):
+        compile(block, name_of(path), "exec")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_keys_exist(path):
+    """`section.key`, `section.key=value` and `section.key: value` in the text."""
+    known = make_configuration.keys(GRPOConfig) | make_configuration.keys(InferenceConfig)
+    known |= {f"sampling.{name}" for name in SamplingKeys()}
+    for span in re.findall(r"`([^`\n]+)`", without_fences(path.read_text(encoding="utf-8"))):
+        match = re.fullmatch(rf"((?:{SECTIONS}|sampling)(?:\.[a-z_0-9]+)+)(?:(?:=|: ).*)?", span)
+        if match:
+            assert match[1] in known, f"{name_of(path)}: `{span}`"
+
+
+def SamplingKeys():
+    return {name.rpartition(".")[2] for name in make_configuration.keys(GRPOConfig) if ".sampling." in name}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_resolve(path):
+    text = without_fences(path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), f"{name_of(path)}: {target}"
+        if anchor:
+            assert anchor in anchors(linked.read_text(encoding="utf-8")), f"{name_of(path)}: {target}"
+
+
+def anchors(text):
+    """GitHub's names of the headings."""
+    headings = re.findall(r"^#+ (.*)$", without_fences(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_files_named_in_the_text_exist(path):
+    """`mindrlhf/x.py`, `tests/x.py`, `examples/x`, `docs/x`, `benchmarks/x`."""
+    text = without_fences(path.read_text(encoding="utf-8"))
+    for span in re.findall(r"`((?:mindrlhf|tests|examples|docs|benchmarks)/[\w./-]+)`", text):
+        made = span.startswith(("examples/grpo/data/Qwen", "examples/grpo/data/gsm8k"))  # the user's downloads
+        assert made or (ROOT / span).exists(), f"{name_of(path)}: `{span}`"
+
+
+def test_steps_of_the_demo():
+    steps = load_config(GRPOConfig, ROOT / "examples" / "grpo" / "arithmetic.yaml").trainer.steps
+    for path in DOCUMENTS:
+        for number in re.findall(r"step-(\d{6})", path.read_text(encoding="utf-8")):
+            assert int(number) in (0, steps), f"{name_of(path)}: step-{number}; the demo ends at {steps}"
+
+
+def test_every_algorithm_is_described():
+    from mindrlhf.trainer.algorithms import ALGORITHMS
+
+    text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in ALGORITHMS)
+    for row in ALGORITHMS.values():
+        paper = re.match(r"arXiv (\S+?),", row.paper)[1]
+        assert f"arxiv.org/abs/{paper}" in text
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_no_figure_is_missing(path):
+    assert not re.findall(r"<!--FIGURE: [^>]*-->", path.read_text(encoding="utf-8"))
