@@ -1,6 +1,6 @@
 """One whole GRPO step of the demo's model: generation, rewards, reference, training. Medians over several steps.
 
-    python benchmarks/grpo_step.py --output grpo_step.json
+python benchmarks/grpo_step.py --output grpo_step.json
 """
 
 import argparse

@@ -32,7 +32,7 @@ def decode_round(model, sizes: dict) -> dict[str, list[float]]:
 def training_round(model, optimizer, sizes: dict) -> dict[str, list[float]]:
     ids = torch.randint(0, sizes["vocab_size"], (sizes["batch"], sizes["tokens"]))
     taken = []
-    for _ in range(4):
+    for _ in range(2):
         start = time.perf_counter()
         model(ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,7 +7,7 @@ import time
 
 from side_by_side import BATCH, MODEL, TOKENS, arguments, compare, policy, start_mindspore
 
-STEPS = 4  # a round
+STEPS = 2  # a round
 
 
 def main() -> None:

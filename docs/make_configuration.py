@@ -69,7 +69,7 @@ INFERENCE = """
 Both take overrides of the keys below, and `--config FILE` with a YAML of them.
 
 ```sh
-mindrlhf eval --model runs/demo/checkpoints/step-000100 --data examples/grpo/data/arithmetic_test.jsonl \\
+mindrlhf eval --model runs/demo/checkpoints/step-000070 --data examples/grpo/data/arithmetic_test.jsonl \\
   --k 1,8 num_generations=8 sampling.max_tokens=32
 ```
 

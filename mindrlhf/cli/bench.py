@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         for name, value in report.items():
-            print(f"{name.replace('_', ' '):<32}{value:>12.1f}" if isinstance(value, float) else f"{name:<32}{value:>12}")
+            shown = f"{value:.1f}" if isinstance(value, float) else str(value)
+            print(f"{name.replace('_', ' '):<32}{shown:>12}")
     return 0
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindrlhf.config import InferenceConfig, SourceConfig, load_config
+from mindrlhf.config import InferenceConfig, SamplingConfig, SourceConfig, load_config
 from mindrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ def answer(model: str, config: InferenceConfig, texts: list[str]) -> Answers:
         raise UserError("nothing to answer: give --prompt or --data")
     # No longer than the prompts need: the window of a checkpoint may be short.
     longest = min(config.max_prompt_tokens, max(len(prompt.ids) for prompt in prompts))
+    room = policy.decoder.config.max_positions - longest
+    if config.sampling.max_tokens == SamplingConfig().max_tokens > room > 0:
+        config.sampling.max_tokens = room  # nobody asked for the default, which a small model's window may not hold
     eos = policy.generation_config.get("eos_token_id")
     stop = stop_ids(tokenizer, [eos] if isinstance(eos, int) else eos, config.sampling.stop)
     slots = min(config.slots, len(prompts) * config.num_generations)

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ COMMANDS = (
     ("grpo", "train a policy with an online algorithm of the GRPO family", "mindrlhf.cli.grpo"),
     ("generate", "answer prompts with a model", "mindrlhf.cli.generate"),
     ("eval", "score a model on held-out prompts", "mindrlhf.cli.eval"),
-    ("bench", "measure the speed of generation and training on this machine", "mindrlhf.cli.bench"),
+    ("bench", "measure what the KV cache is worth on this machine", "mindrlhf.cli.bench"),
     ("env", "show versions and hardware, and what is missing", "mindrlhf.cli.env"),
 )
 
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mindrlhf: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `mindrlhf env | head`: nobody reads any more, and Python's own flush must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("mindrlhf: interrupted", file=sys.stderr)
         return 130

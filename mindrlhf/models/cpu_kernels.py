@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import mindspore as ms
 from mindspore import ops
 
+from mindrlhf.utils.parallel import device_target
+
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.h", "cpu_kernels.cpp", "cpu_attention.cpp"))
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
 
@@ -28,8 +30,10 @@ def available() -> str | None:
 def _load() -> tuple[SimpleNamespace | None, str | None]:
     if os.environ.get("MINDRLHF_CPU_KERNELS") == "0":
         return None, "MINDRLHF_CPU_KERNELS=0 turned them off"
-    if ms.get_context("device_target") != "CPU":
-        return None, f"the device is {ms.get_context('device_target')}"
+    # This module may be imported before the device is set, or after a program has set another one.
+    for device in (device_target(), ms.get_context("device_target")):
+        if device != "CPU":
+            return None, f"the device is {device}"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         return None, "no C++ compiler (g++) is installed"

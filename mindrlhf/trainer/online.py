@@ -333,6 +333,8 @@ def _check(config: GRPOConfig) -> None:
         ("rollout.max_prompt_tokens", rollout.max_prompt_tokens, rollout.max_prompt_tokens > 0, "1 or more"),
         ("rollout.sampling.temperature", rollout.sampling.temperature, rollout.sampling.temperature > 0,
          "over 0: greedy answers have no distribution to train on"),
+        ("rollout.sampling.repetition_penalty", rollout.sampling.repetition_penalty,
+         rollout.sampling.repetition_penalty == 1, "1: training would not know of the penalty"),
         ("algorithm.learning_rate", algorithm.learning_rate, algorithm.learning_rate > 0, "over 0"),
         ("algorithm.epochs_per_rollout", algorithm.epochs_per_rollout, algorithm.epochs_per_rollout > 0, "1 or more"),
         ("algorithm.updates_per_epoch", algorithm.updates_per_epoch, algorithm.updates_per_epoch > 0, "1 or more"),

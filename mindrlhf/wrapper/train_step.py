@@ -8,8 +8,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.config import OptimizerConfig
-from mindrlhf.utils.memory import give_back
 from mindrlhf.models import cpu_kernels
+from mindrlhf.utils.memory import give_back
 
 _own = cpu_kernels.PRIMITIVES  # on a CPU; without them both cells below need a copy of the largest parameter
 _has_own = _own is not None
