@@ -18,7 +18,7 @@ check-export: venv $(if $(TORCH_PYTHON),,$(TORCH_VENV)/.installed)
 	@answers=$$(mktemp -d) && trap 'rm -r "$$answers"' EXIT && \
 	  $(VENV)/bin/python -m mindrlhf generate --model "$(CHECKPOINT)" --output "$$answers/answers.jsonl" \
 	    --prompt "12+34=" --prompt "7+8=" --prompt "A hat" sampling.temperature=0 sampling.max_tokens=32 && \
-	  $(or $(TORCH_PYTHON),$(TORCH_VENV)/bin/python) tests/torch/check_export.py \
+	  $(or $(TORCH_PYTHON),$(TORCH_VENV)/bin/python) tests/export/check_export.py \
 	    --checkpoint "$(CHECKPOINT)" --answers "$$answers/answers.jsonl"
 
 lint: venv

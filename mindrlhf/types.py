@@ -54,30 +54,17 @@ class PackedRows(NamedTuple):
     mask: np.ndarray  # [N] float32, 1 at real targets, 0 on padding
 
 
-class SupervisedBatch(NamedTuple):
-    """PackedRows and what the supervised loss needs."""
+# PackedRows, and what the supervised loss needs: loss_weight [N] float32, 0 on padding; the aggregation lives in it.
+SupervisedBatch = NamedTuple("SupervisedBatch", [*PackedRows.__annotations__.items(), ("loss_weight", np.ndarray)])
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    index: np.ndarray
-    labels: np.ndarray
-    sequence: np.ndarray
-    mask: np.ndarray
-    loss_weight: np.ndarray  # [N] float32, 0 on padding; the aggregation mode lives in here
-
-
-class PolicyBatch(NamedTuple):
-    """PackedRows and what the policy losses need."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    index: np.ndarray
-    labels: np.ndarray
-    sequence: np.ndarray
-    mask: np.ndarray
-    loss_weight: np.ndarray  # [N] float32, 0 on padding; the aggregation mode lives in here
-    advantages: np.ndarray  # [N] float32
-    old_logprobs: np.ndarray  # [N] float32, of the policy before this batch's first update
-    ref_logprobs: np.ndarray  # [N] float32
+# The same, and what the policy losses need, [N] float32 each: the advantages, the log-probs of the policy before this
+# batch's first update, and those of the reference policy.
+PolicyBatch = NamedTuple(
+    "PolicyBatch",
+    [
+        *SupervisedBatch.__annotations__.items(),
+        ("advantages", np.ndarray),
+        ("old_logprobs", np.ndarray),
+        ("ref_logprobs", np.ndarray),
+    ],
+)

@@ -195,7 +195,7 @@ def write_tensors(
         for path in directory.glob(pattern):
             if path.name not in files:
                 path.unlink()
-    _flush_directory(directory)
+    flush_path(directory)
 
 
 def _split(tensors: list[Source], shard_bytes: float) -> list[list[Source]]:
@@ -251,9 +251,9 @@ def _flush(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _flush_directory(directory: Path) -> None:
-    """A rename survives a power cut only once its directory is on disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def flush_path(path: Path) -> None:
+    """A file's bytes, or a directory's names, onto the disk: a rename survives a power cut only behind it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

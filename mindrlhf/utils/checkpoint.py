@@ -16,7 +16,7 @@ import numpy as np
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.fields import read_json
-from mindrlhf.models.hf import Source, read_tensors, write_tensors
+from mindrlhf.models.hf import Source, flush_path, read_tensors, write_tensors
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER = "optimizer"  # a directory inside the checkpoint, tensors in the same format
@@ -78,9 +78,9 @@ class Checkpoints:
         write_tensors(partial / OPTIMIZER, optimizer)
         write_json(partial / STATE_FILE, state)
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            flush_path(path)
         os.replace(partial, final)
-        _flush(self.directory)
+        flush_path(self.directory)
         self._remove_old()
         return final
 
@@ -100,11 +100,3 @@ class Checkpoints:
         if not isinstance(state, dict):
             raise UserError(f"{path / STATE_FILE}: not a JSON object; remove {path} to resume from the one before")
         return state, read_tensors(path).__getitem__, read_tensors(path / OPTIMIZER).__getitem__
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -62,7 +62,8 @@ def test_micro_batches_packing_and_order_change_nothing(mindspore, micro_config,
         for name, value in whole.metrics.items():
             assert result.metrics[name] == pytest.approx(value, abs=2e-4), name
         for name, gradient in expected.items():
-            np.testing.assert_allclose(gradients[name], gradient, atol=1e-6, err_msg=name)
+            # Gradients reach 1.3, and MindSpore's own exp is good to 8e-6 of its value only.
+            np.testing.assert_allclose(gradients[name], gradient, atol=3e-6, err_msg=name)
 
 
 def test_a_fully_masked_step_has_loss_and_gradients_of_zero(mindspore, micro_config, answers):

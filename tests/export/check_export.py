@@ -4,7 +4,7 @@
 Python with torch 2.13.0 and transformers 4.57.1. By hand:
 
     mindrlhf generate --model DIR --prompt "12+34=" --output answers.jsonl sampling.temperature=0 sampling.max_tokens=32
-    TORCH_PYTHON tests/torch/check_export.py --checkpoint DIR --answers answers.jsonl
+    TORCH_PYTHON tests/export/check_export.py --checkpoint DIR --answers answers.jsonl
 
 Imports nothing of mindrlhf: what it needs to read a checkpoint is transformers alone. Exit code 1 where they differ.
 """

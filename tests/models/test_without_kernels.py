@@ -1,0 +1,17 @@
+"""A machine without a C++ compiler: the composed forms carry the decoder, generation and training."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+TESTS = ["tests/models/test_decoder.py", "tests/wrapper/test_policy_objective.py", "tests/wrapper/test_generator.py"]
+
+
+def test_the_same_tests_pass_without_our_own_kernels():
+    environment = {**os.environ, "MINDRLHF_CPU_KERNELS": "0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout
