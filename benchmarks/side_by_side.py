@@ -38,10 +38,9 @@ def arguments(description: str) -> argparse.Namespace:
 def start_mindspore(threads: int):
     """MindSpore in graph mode, its threads limited; imported here so that --help is instant."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    import mindspore as ms
+    from mindrlhf.utils.parallel import start
 
-    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU", runtime_num_threads=threads)
-    return ms
+    start(threads)
 
 
 def policy():

@@ -21,7 +21,7 @@ class RecomputeGenerator:
     """Greedy answers, all prompts as one batch of rows, whose width grows in steps of `bucket`."""
 
     def __init__(self, decoder: Decoder, bucket: int = 64):
-        self.cell, self.bucket = _LastLogits(decoder), bucket
+        self.cell, self.bucket, self.window = _LastLogits(decoder), bucket, decoder.config.max_positions
 
     def generate(self, prompts: Sequence[np.ndarray], max_tokens: int) -> list[list[int]]:
         """max_tokens token ids a prompt; nothing stops earlier."""
@@ -34,10 +34,11 @@ class RecomputeGenerator:
     def compile(self, rows: int, longest: int) -> None:
         """Every width up to `longest` tokens, so that `generate` measures no compilation."""
         for width in range(self.bucket, longest + self.bucket, self.bucket):
-            self._next([[0] * width] * rows)
+            self._next([[0] * min(width, self.window)] * rows)
 
     def _next(self, sequences: list[list[int]]) -> np.ndarray:
-        width = -(-max(map(len, sequences)) // self.bucket) * self.bucket
+        longest = max(map(len, sequences))
+        width = min(-(-longest // self.bucket) * self.bucket, self.window)
         tokens, segments = (np.zeros((len(sequences), width), np.int32) for _ in range(2))
         for row, sequence in enumerate(sequences):
             tokens[row, : len(sequence)], segments[row, : len(sequence)] = sequence, 1
