@@ -60,12 +60,13 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: dict[str, float | str]) -> None:
         """One line of metrics.jsonl, on the disk when this returns; a value that is not finite is written as null."""
         values = _plain(metrics)
         seconds = round(time.monotonic() - self.start, 3)
         _write_line(self.metrics_file, {"step": step, "time": seconds, **values})
-        finite = {name: value for name, value in values.items() if value is not None}
+        # A text, such as the name of a tensor that was not finite, has no curve.
+        finite = {name: value for name, value in values.items() if isinstance(value, int | float)}
         axis = finite.pop("warmup_step", None)
         if self.logging.tensorboard:
             self._tensorboard(step if axis is None else int(axis), finite, warmup=axis is not None)

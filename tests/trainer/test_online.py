@@ -136,6 +136,21 @@ def test_a_reward_function_that_fails_stops_after_saving(make_trainer):
     assert resumed.fit()["steps"] == 4
 
 
+def test_an_update_that_is_not_finite_is_skipped_counted_and_named(make_trainer):
+    """With TensorBoard on: the tensor's name is in metrics.jsonl, and no curve."""
+    trainer = make_trainer(trainer__steps=1, algorithm__kl_coef=0, logging__tensorboard="true")
+    make_dataset = trainer.make_dataset
+
+    def broken():
+        return [[b._replace(advantages=b.advantages * np.inf) for b in update] for update in make_dataset()]
+
+    trainer.make_dataset = broken
+    summary = trainer.fit()
+    assert summary["skipped_updates"] == 1
+    (line,) = (line for line in _metrics(trainer) if line["step"] == 1)
+    assert line["skipped_updates"] == 1 and line["skipped_tensor"].startswith("model.")
+
+
 def test_another_configuration_in_the_same_directory_is_refused(make_trainer):
     make_trainer(trainer__steps=1, algorithm__kl_coef=0).fit()
     with pytest.raises(UserError, match="algorithm.learning_rate: 0.001 there, 0.5 here"):
