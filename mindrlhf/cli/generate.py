@@ -21,6 +21,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.output and Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output}: exists already; remove it or name another file")
+    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
+        raise UserError(f"--output {arguments.output}: no such directory; make it first")
     config = inference.read_config(arguments)
     answers = inference.answer(arguments.model, config, arguments.prompt)
     rows = [

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a user's mistake, 130 interrupted, else the command's own."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        # While a graph runs, MindSpore's own handler turns Ctrl-C into SIGTERM.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         prepare_environment()
         return _run(arguments)
     except UserError as error:

@@ -44,7 +44,7 @@ def read_rows(path: str | Path, max_rows: int = 0) -> list[Row]:
     if path.suffix.lower() not in _READERS:
         raise UserError(f"{path}: unknown ending {path.suffix!r}; a data set is one of {', '.join(_READERS)}")
     if not path.is_file():
-        raise UserError(f"{path}: no such data file; paths are relative to the YAML that names them")
+        raise UserError(f"{path}: no such data file; paths in a YAML are relative to it, others to where you are")
     try:
         rows = list(islice(_READERS[path.suffix.lower()](path), max_rows or None))
     except UnicodeDecodeError as error:
@@ -87,7 +87,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             try:
                 values = json.loads(text)
             except json.JSONDecodeError as error:
-                problem = f"not JSON: {error.msg} at column {error.colno}"
+                what = error.msg.removesuffix(" at")
+                problem = f"not JSON: {what} at column {error.colno}"
                 raise UserError(f"{where}: {problem}; a .jsonl file has one whole object a line") from None
             yield _object_row(values, where)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from mindrlhf.config import GRPOConfig, config_to_yaml, difference
 from mindrlhf.errors import UserError
+from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import Source
 from mindrlhf.trainer.roles import Policy
 from mindrlhf.utils.checkpoint import Checkpoints
@@ -111,6 +112,9 @@ class Trainer(ABC):
         started = time.time()
         resumed = self.resume()
         total, logging = self.total_steps(), self.config.logging
+        finished = self.output / "summary.json"
+        if resumed and self.step >= total and finished.is_file():
+            return read_json(finished)  # nothing to do, nothing to overwrite
         with RunLog(self.output, logging, config_to_yaml(self.config), self._recorded) as log:
             if resumed:
                 print(f"resumed from {self.checkpoints.path(self.step)}")
