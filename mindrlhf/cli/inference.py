@@ -59,18 +59,24 @@ def answer(model: str, config: InferenceConfig, texts: list[str]) -> Answers:
 
     policy = open_checkpoint(model)
     data, tokenizer = config.data, policy.tokenizer
-    rows = PromptDataset.read(data.test, data, tokenizer, config.max_prompt_tokens, Path()).prompts if data.test else []
+    window, asked = policy.decoder.config.max_positions, config.sampling.max_tokens
+    # Nobody asked for the default length, which a small model's window may not hold.
+    reserved = 1 if asked == SamplingConfig().max_tokens else asked
+    limit = min(config.max_prompt_tokens, max(window - reserved, 1))
+    rows = PromptDataset.read(data.test, data, tokenizer, limit, Path()).prompts if data.test else []
     rendered = [render_prompt(text, data, tokenizer) for text in texts]
     ids = encode(tokenizer, rendered)
+    for number, one in enumerate(ids, 1):
+        if not 0 < len(one) <= limit:
+            raise UserError(f"--prompt number {number}: {len(one)} tokens; 1 to {limit} fit beside the answer")
     typed = [Prompt(i, t, None, len(rows) + n) for n, (i, t) in enumerate(zip(ids, rendered, strict=True))]
     prompts = rows + typed
     if not prompts:
         raise UserError("nothing to answer: give --prompt or --data")
     # No longer than the prompts need: the window of a checkpoint may be short.
     longest = min(config.max_prompt_tokens, max(len(prompt.ids) for prompt in prompts))
-    room = policy.decoder.config.max_positions - longest
-    if config.sampling.max_tokens == SamplingConfig().max_tokens > room > 0:
-        config.sampling.max_tokens = room  # nobody asked for the default, which a small model's window may not hold
+    if reserved != asked:
+        config.sampling.max_tokens = min(asked, window - longest)
     eos = policy.generation_config.get("eos_token_id")
     stop = stop_ids(tokenizer, [eos] if isinstance(eos, int) else eos, config.sampling.stop)
     slots = min(config.slots, len(prompts) * config.num_generations)

@@ -53,7 +53,7 @@ class PromptDataset:
                 label = column(row, data.label_key, 'data.label_key ("": none)') if data.label_key else None
                 if len(ids) > max_prompt_tokens:
                     problem = f"the prompt has {len(ids)} tokens, the limit is {max_prompt_tokens}"
-                    fix = f"raise rollout.max_prompt_tokens to {len(ids)}, shorten the prompt"
+                    fix = f"raise max_prompt_tokens to {len(ids)} if the model's window holds it, shorten the prompt"
                     unusable.refuse(row, "prompt too long", f"{problem}; {fix}")
                     continue
                 prompts.append(Prompt(ids=ids, text=text, label=label, key=len(prompts), row=row.values))

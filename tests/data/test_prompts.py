@@ -53,7 +53,8 @@ def test_a_long_prompt_is_an_error_with_counts_and_fix(two_files, tokenizer):
     with pytest.raises(UserError) as caught:
         read(two_files, ["a.jsonl"], tokenizer, limit=2)
     assert str(caught.value) == (
-        f"{two_files / 'a.jsonl'}:2: the prompt has 3 tokens, the limit is 2; raise rollout.max_prompt_tokens to 3, "
+        f"{two_files / 'a.jsonl'}:2: the prompt has 3 tokens, the limit is 2; raise max_prompt_tokens to 3 "
+        "if the model's window holds it, "
         "shorten the prompt, or set data.strict: false to skip such rows"
     )
 
