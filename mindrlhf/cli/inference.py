@@ -52,7 +52,7 @@ def answer(model: str, config: InferenceConfig, texts: list[str]) -> Answers:
     start()
     from mindrlhf.data.prompts import PromptDataset
     from mindrlhf.data.templates import render_prompt
-    from mindrlhf.data.tokenizers import encode, stop_ids
+    from mindrlhf.data.tokenizers import encode
     from mindrlhf.trainer.roles import open_checkpoint
     from mindrlhf.types import Prompt
     from mindrlhf.wrapper.generator import Generator
@@ -74,11 +74,10 @@ def answer(model: str, config: InferenceConfig, texts: list[str]) -> Answers:
     if not prompts:
         raise UserError("nothing to answer: give --prompt or --data")
     # No longer than the prompts need: the window of a checkpoint may be short.
-    longest = min(config.max_prompt_tokens, max(len(prompt.ids) for prompt in prompts))
+    longest = max(len(prompt.ids) for prompt in prompts)
     if reserved != asked:
         config.sampling.max_tokens = min(asked, window - longest)
-    eos = policy.generation_config.get("eos_token_id")
-    stop = stop_ids(tokenizer, [eos] if isinstance(eos, int) else eos, config.sampling.stop)
+    stop = policy.stop_ids(config.sampling.stop)
     slots = min(config.slots, len(prompts) * config.num_generations)
     generator = Generator(policy.decoder, slots, longest, config.sampling.max_tokens, stop)
     rollouts = generator.generate(prompts, config.num_generations, config.sampling, config.seed)

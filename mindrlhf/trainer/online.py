@@ -14,7 +14,6 @@ from mindrlhf.config import GRPOConfig, SamplingConfig
 from mindrlhf.data.conversations import read_conversations
 from mindrlhf.data.packing import Packing
 from mindrlhf.data.prompts import PromptDataset, PromptOrder
-from mindrlhf.data.tokenizers import stop_ids
 from mindrlhf.errors import UserError
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.rewards import Rewards
@@ -58,7 +57,7 @@ class OnlineTrainer(Trainer):
             raise UserError("data.train: no file is named; online training needs prompts")
         sources = self.prompts.sources
         self.order = PromptOrder([len(s.keys) for s in sources], [s.probability for s in sources], config.seed)
-        stop = stop_ids(self.tokenizer, _ids(self.policy.generation_config), rollout.sampling.stop)
+        stop = self.policy.stop_ids(rollout.sampling.stop)
         self.generator = Generator(decoder, rollout.slots, rollout.max_prompt_tokens, rollout.sampling.max_tokens, stop)
         self.train_step = TrainStep(
             PolicyObjective(decoder, self.algorithm.loss), decoder.trainable_params(), config.optimizer
@@ -317,11 +316,6 @@ class OnlineTrainer(Trainer):
             "finished": mean([rollout.finished for rollout in rollouts]),
             "answers": len(rollouts),
         }
-
-
-def _ids(generation_config: dict[str, Any]) -> list[int] | None:
-    value = generation_config.get("eos_token_id")
-    return [value] if isinstance(value, int) else value
 
 
 def _check(config: GRPOConfig) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mindrlhf.config import BuildConfig, ModelConfig
-from mindrlhf.data.tokenizers import build_tokenizer, load_tokenizer
+from mindrlhf.data.tokenizers import build_tokenizer, load_tokenizer, stop_ids
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.decoder import Decoder, Weights, random_weights
@@ -27,6 +27,11 @@ class Policy:
         """As a Hugging Face checkpoint directory."""
         config = self.decoder.config
         write_model(directory, config, self.sources(), self.tokenizer, self.generation_config, shard_bytes)
+
+    def stop_ids(self, stop: list[str]) -> tuple[int, ...]:
+        """Tokens that end an answer: the checkpoint's own and the strings of a sampling config."""
+        end = self.generation_config.get("eos_token_id")
+        return stop_ids(self.tokenizer, [end] if isinstance(end, int) else end, stop)
 
     def sources(self) -> Iterator[Source]:
         for name, shape in expected_shapes(self.decoder.config).items():
