@@ -33,7 +33,7 @@ MEANINGS = {
     "SamplingConfig.top_p": "smallest set of tokens that has this probability; 1: off",
     "SamplingConfig.min_p": "tokens under this share of the likeliest one are left out; 0: off",
     "RolloutConfig.prompts_per_step": "prompts, and so groups, of one step",
-    "RewardConfig.weight": "of this part in the sum",
+    "RewardFunctionConfig.weight": "of this part in the sum",
     "AlgorithmConfig.overlong_factor": "what an answer of `max_tokens` loses",
     "AlgorithmConfig.schedule": "of the learning rate, over the steps of the run",
     "AlgorithmConfig.kl_estimator": "see [algorithms.md](algorithms.md#kl-to-the-reference)",
@@ -193,7 +193,7 @@ def _default(field: dataclasses.Field, inner: type | None) -> str:
     else:
         value = field.default_factory()
         if inner is not None:
-            return "one `accuracy`" if value == [config.RewardConfig()] else "`[]`" if value == [] else ""
+            return "one `accuracy`" if value == [config.RewardFunctionConfig()] else "`[]`" if value == [] else ""
     if value is None:
         return "`row`"
     if isinstance(value, bool):

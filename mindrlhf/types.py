@@ -38,6 +38,32 @@ class Conversation:
     trained: np.ndarray  # [N] bool, True where the token is a target
 
 
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt; `trained` marks the answer's tokens."""
+
+    chosen: Conversation
+    rejected: Conversation
+    margin: float = 0.0  # by how much the chosen one is better
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One answer that somebody liked or did not."""
+
+    answer: Conversation
+    desirable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedSteps:
+    """A solution whose steps are judged, each at the placeholder token behind it."""
+
+    ids: np.ndarray  # [N] int32
+    judged: np.ndarray  # [N] bool, True at the K placeholders
+    probabilities: np.ndarray  # [K, R] float32, over the reward tokens; one-hot for a hard label
+
+
 class PackedRows(NamedTuple):
     """One micro-batch of sequences packed into rows of a fixed width; the first fields of every batch below.
 
@@ -57,8 +83,37 @@ class PackedRows(NamedTuple):
 # PackedRows, and what the supervised loss needs: loss_weight [N] float32, 0 on padding; the aggregation lives in it.
 SupervisedBatch = NamedTuple("SupervisedBatch", [*PackedRows.__annotations__.items(), ("loss_weight", np.ndarray)])
 
-# The same, and what the policy losses need, [N] float32 each: the advantages, the log-probs of the policy before this
-# batch's first update, and those of the reference policy.
+# PackedRows, and the target distribution over the reward tokens at each placeholder, [N, R] float32.
+StepRewardBatch = NamedTuple(
+    "StepRewardBatch", [*SupervisedBatch.__annotations__.items(), ("probabilities", np.ndarray)]
+)
+
+# PackedRows, and numbers of whole sequences: [N] float32 at the place of the sequence's number, 0 elsewhere.
+# Sequence 2k is the chosen answer of pair k and 2k + 1 the rejected one; a pair's weight and margin stand at 2k.
+PairBatch = NamedTuple(
+    "PairBatch",
+    [
+        *PackedRows.__annotations__.items(),
+        ("weight", np.ndarray),
+        ("margin", np.ndarray),
+        ("ref_logprobs", np.ndarray),  # of the reference policy, summed over the answer
+    ],
+)
+
+# The same for unpaired answers: sign is 1 for a desirable one and -1 for an undesirable one; kl is KTO's baseline.
+JudgementBatch = NamedTuple(
+    "JudgementBatch",
+    [
+        *PackedRows.__annotations__.items(),
+        ("weight", np.ndarray),
+        ("sign", np.ndarray),
+        ("ref_logprobs", np.ndarray),
+        ("kl", np.ndarray),
+    ],
+)
+
+# SupervisedBatch, and what the policy losses need, [N] float32 each: the advantages, the log-probs of the policy before
+# this batch's first update, and those of the reference policy.
 PolicyBatch = NamedTuple(
     "PolicyBatch",
     [

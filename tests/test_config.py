@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mindrlhf.config import GRPOConfig, RewardConfig, config_to_yaml, load_config
+from mindrlhf.config import GRPOConfig, RewardFunctionConfig, config_to_yaml, load_config
 from mindrlhf.errors import UserError
 
 
@@ -179,7 +179,7 @@ def test_overrides(load):
     assert (config.rollout.sampling.temperature, config.rollout.sampling.max_tokens) == (0.5, 9)
     assert config.algorithm.learning_rate == 3e-4
     assert config.model.path == ""
-    assert config.rewards == [RewardConfig("format", 2.0)]
+    assert config.rewards == [RewardFunctionConfig("format", 2.0)]
     assert config.algorithm.kl_coef is None
     assert config.logging.progress is False
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.config import RewardConfig
+from mindrlhf.config import RewardFunctionConfig
 from mindrlhf.errors import UserError
 from mindrlhf.rewards.user import call_reward_function, exception_line, load_reward_function, source_code
 from mindrlhf.types import Prompt
@@ -34,7 +34,7 @@ class Rewards:
             self.parts.append((_unique(name, [part[0] for part in self.parts]), function, float(weight)))
 
     @classmethod
-    def from_config(cls, configs: Sequence[RewardConfig], base: Path) -> "Rewards":
+    def from_config(cls, configs: Sequence[RewardFunctionConfig], base: Path) -> "Rewards":
         """Functions by name or path.py:function, paths relative to base; a part is named after its function."""
         parts = []
         for config in configs:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mindrlhf.rewards
-from mindrlhf.config import RewardConfig
+from mindrlhf.config import RewardFunctionConfig
 from mindrlhf.errors import UserError
 from mindrlhf.rewards import Rewards, accuracy_reward, format_reward
 from mindrlhf.types import Prompt
@@ -52,7 +52,7 @@ def test_weighted_sum_and_parts():
 
 def test_from_config(tmp_path):
     (tmp_path / "mine.py").write_text("def short(completions, **columns):\n    return [-len(c) for c in completions]\n")
-    configs = [RewardConfig(), RewardConfig("mine.py:short", 0.5), RewardConfig("accuracy", 2.0)]
+    configs = [RewardFunctionConfig(), RewardFunctionConfig("mine.py:short", 0.5), RewardFunctionConfig("accuracy", 2.0)]
     total, parts = Rewards.from_config(configs, tmp_path)(PROMPTS[:2], COMPLETIONS[:2])
     assert list(parts) == ["accuracy", "short", "accuracy_2"]
     assert total.tolist() == [3 - 4.5, 3 - 3.0]

@@ -1,7 +1,7 @@
-"""The job's configuration: dataclasses, read strictly from YAML with `a.b=c` overrides.
+"""Configurations read strictly from YAML with `a.b=c` overrides.
 
 An unknown key, a value of the wrong type and a value out of range are each one line that names the file, the line and
-the field. The dataclasses are the reference of what exists: every field says its meaning and unit beside it.
+the field.
 """
 
 import dataclasses
@@ -9,193 +9,13 @@ import difflib
 import re
 import types
 import typing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from mindrlhf.config.sections import FunctionText, PathText
 from mindrlhf.errors import UserError
-
-# Read from a YAML they are relative to its directory, from an override to the current one; made absolute on reading.
-PathText = typing.NewType("PathText", str)
-FunctionText = typing.NewType("FunctionText", str)  # a name, or path.py:function
-
-
-@dataclass
-class BuildConfig:
-    """A model made from nothing, for when there is no checkpoint: random weights and a trained tokenizer."""
-
-    decoder: dict[str, Any] = field(default_factory=dict)  # keys of a Hugging Face config.json, model_type included
-    vocab_size: int = 320  # of the byte-level BPE trained on tokenizer_files; at least 260
-    tokenizer_files: list[PathText] = field(default_factory=list)  # any text
-    chat_template: str = ""  # jinja; empty: none
-
-
-@dataclass
-class ModelConfig:
-    path: PathText = ""  # a Hugging Face checkpoint directory; empty: build
-    build: BuildConfig = field(default_factory=BuildConfig)
-    tokenizer: PathText = ""  # a tokenizer directory; empty: the checkpoint's own
-    reference: PathText = ""  # checkpoint of the reference policy; empty: the policy as training starts
-
-
-@dataclass
-class SourceConfig:
-    """One data set file."""
-
-    path: PathText = ""  # .json, .jsonl, .csv or .parquet
-    probability: float = 1.0  # share of this file among the training sources, normalised to 1
-
-
-@dataclass
-class DataConfig:
-    train: list[SourceConfig] = field(default_factory=list)
-    test: list[SourceConfig] = field(default_factory=list)  # held out; never trained on
-    prompt_key: str = "prompt"  # column with a string or a list of chat messages
-    label_key: str = "label"  # column with the reference answer; empty: none
-    response_key: str = "response"  # column with the answer to imitate (supervised training)
-    apply_chat_template: bool = False  # the tokenizer's jinja template; a string becomes one user message
-    system_prompt: str = ""  # put before every conversation when the chat template is used
-    input_template: str = "{}"  # otherwise: "{}" is where the prompt goes
-    max_rows: int = 0  # first rows of each file only; 0: all
-    strict: bool = True  # False: rows that are empty or longer than the window are skipped and counted
-
-
-@dataclass
-class WarmupConfig:
-    """Supervised training before the online stage."""
-
-    steps: int = 0  # optimizer steps; 0: no warm-up
-    train: list[SourceConfig] = field(default_factory=list)  # of prompt_key and response_key
-    batch_size: int = 64  # conversations an optimizer step
-    learning_rate: float = 1e-3
-    warmup_steps: int = 0  # linear rise of the learning rate
-
-
-@dataclass
-class SamplingConfig:
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens already seen
-    max_tokens: int = 256  # of one answer
-    stop: list[str] = field(default_factory=list)  # token strings that end an answer besides the tokenizer's own
-
-
-@dataclass
-class RolloutConfig:
-    prompts_per_step: int = 32
-    num_generations: int = 8  # answers a prompt: the group
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    slots: int = 64  # answers decoded at the same time
-    max_prompt_tokens: int = 512  # the window: a longer prompt is an error, see data.strict
-
-
-@dataclass
-class RewardConfig:
-    """One part of the reward."""
-
-    function: FunctionText = "accuracy"  # a name of mindrlhf.rewards, or path.py:function
-    weight: float = 1.0
-
-
-@dataclass
-class AlgorithmConfig:
-    """What is None takes the default of the algorithm's row in mindrlhf/trainer/algorithms.py."""
-
-    name: str = "grpo"  # a row of the table
-    learning_rate: float = 1e-6  # peak
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0  # linear rise of the learning rate from 0
-    min_learning_rate_ratio: float = 0.0  # linear and cosine end at this times the peak
-    aggregation: str | None = None  # token_mean, sequence_mean, sequence_sum, constant or token_sum
-    advantage_epsilon: float = 1e-6  # added to the group's standard deviation
-    eps_low: float = 0.2  # clip range of the ratio below 1
-    eps_high: float | None = None  # clip range above 1
-    dual_clip: float = 0.0  # bound of the loss where the advantage is negative, over 1; 0: off
-    kl_coef: float | None = None  # weight of the KL to the reference
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_in_reward: bool = False  # True: subtracted from the reward; False: added to the loss
-    entropy_coef: float = 0.0  # bonus for entropy
-    reward_clip: float = 10.0  # rewards are clipped to [-reward_clip, reward_clip] before the group's baseline
-    epochs_per_rollout: int = 1  # passes over each batch of answers
-    updates_per_epoch: int = 1  # optimizer steps that a pass is split into
-    dynamic_sampling: bool | None = None  # resample until no group is all right or all wrong
-    dynamic_sampling_max_rounds: int = 4  # generation rounds a step before it trains on what it has
-    overlong_buffer: int | None = None  # last tokens of max_tokens, where the length penalty rises to factor; 0: off
-    overlong_factor: float = 1.0
-
-
-@dataclass
-class OptimizerConfig:
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0  # on matrices only: never on norms and biases
-    max_grad_norm: float = 1.0  # global norm; 0: off
-
-
-@dataclass
-class TrainerConfig:
-    steps: int = 0  # batches of answers; 0: epochs passes over the prompts
-    epochs: int = 1  # passes over the prompts where steps is 0
-    rows: int = 16  # packed rows a micro-batch
-    row_tokens: int = 0  # tokens a packed row; 0: the window, max_prompt_tokens + max_tokens
-    evaluate_every: int = 0  # steps; 0: before and after only
-    evaluate_rows: int = 0  # first held-out problems; 0: all
-    save_every: int = 0  # steps; 0: at the end only
-    keep_checkpoints: int = 2  # older ones are removed; 0: keep all
-    resume: Literal["auto", "never"] = "auto"  # auto: from the newest whole checkpoint of the output directory
-
-
-@dataclass
-class LoggingConfig:
-    tensorboard: bool = True
-    wandb: bool = False  # needs `pip install wandb`
-    swanlab: bool = False  # needs `pip install swanlab`
-    project: str = "mindrlhf"  # for wandb and swanlab
-    completions_every: int = 10  # steps between dumps of sampled answers; 0: off
-    progress: bool = True  # the bar in the terminal
-
-
-@dataclass
-class GRPOConfig:
-    """An online job: `mindrlhf grpo --config x.yaml`. Also what GRPOTrainer takes."""
-
-    seed: int = 1
-    output: str = "runs/grpo"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    warmup: WarmupConfig = field(default_factory=WarmupConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-    @property
-    def epochs(self) -> int:
-        return self.trainer.epochs
-
-    @property
-    def num_generations(self) -> int:
-        return self.rollout.num_generations
-
-
-@dataclass
-class InferenceConfig:
-    """What `mindrlhf generate` and `mindrlhf eval` do with a checkpoint."""
-
-    seed: int = 1
-    num_generations: int = 1  # answers a prompt
-    slots: int = 32  # answers decoded at the same time
-    max_prompt_tokens: int = 512
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
 
 
 def load_config(cls: type, path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Any:
