@@ -6,8 +6,20 @@ Names are imported when first used, so that `import mindrlhf` and the command li
 import importlib
 
 _PUBLIC = {
-    "GRPOConfig": "mindrlhf.config",
     "load_config": "mindrlhf.config",
+    "SFTConfig": "mindrlhf.config",
+    "SFTTrainer": "mindrlhf.trainer.supervised",
+    "RewardConfig": "mindrlhf.config",
+    "RewardTrainer": "mindrlhf.trainer.preference",
+    "PRMConfig": "mindrlhf.config",
+    "PRMTrainer": "mindrlhf.trainer.supervised",
+    "DPOConfig": "mindrlhf.config",
+    "DPOTrainer": "mindrlhf.trainer.preference",
+    "KTOConfig": "mindrlhf.config",
+    "KTOTrainer": "mindrlhf.trainer.kto",
+    "KDConfig": "mindrlhf.config",
+    "KDTrainer": "mindrlhf.trainer.distillation",
+    "GRPOConfig": "mindrlhf.config",
     "GRPOTrainer": "mindrlhf.trainer.grpo",
     "init_grpo_dataset": "mindrlhf.trainer.grpo",
     "init_grpo_network_and_optimizer": "mindrlhf.trainer.grpo",

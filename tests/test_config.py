@@ -110,7 +110,7 @@ MISTAKES = {
     ),
     "unknown key, nothing near": (
         "model:\n  zzz: 1\n",
-        "job.yaml:2: unknown key 'model.zzz'; known keys: path, build, tokenizer, reference",
+        "job.yaml:2: unknown key 'model.zzz'; known keys: path, build, tokenizer, reference, train_layers, lora",
     ),
     "unknown key in a list": (
         "rewards:\n  - function: accuracy\n  - functoin: format\n",

@@ -1,31 +1,69 @@
-"""`mindrlhf generate`: answers of a checkpoint."""
+"""`mindrlhf generate`: answers of a checkpoint, and data sets made of the best of them."""
 
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mindrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mindrlhf.cli.inference import Answers
+    from mindrlhf.config import InferenceConfig
+
+EPILOG = """--post-process writes a data set for the next round of training; it takes num_generations answers a prompt,
+rewarded by --reward-model or by the functions of the config's `rewards`:
+  rs        the best answer of each prompt (rejection sampling, best of n), for `mindrlhf sft`
+  csft      every answer with its reward told behind the prompt, for `mindrlhf sft`
+  iter_dpo  the best against the worst answer of each prompt, for `mindrlhf dpo`"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from mindrlhf.cli import inference
+    from mindrlhf.data.selection import SELECTIONS
 
     parser.description = "Answer prompts with a checkpoint."
+    parser.epilog = EPILOG
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     parser.add_argument("--output", help="write the answers as JSON lines here instead of printing them")
+    parser.add_argument("--post-process", choices=tuple(SELECTIONS), help="write a data set instead, see below")
+    parser.add_argument("--reward-model", metavar="DIR", help="a reward model's checkpoint, for --post-process")
+    parser.add_argument("--normalize-reward", action="store_true", help="(score - mean) / std of the reward model")
     inference.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from mindrlhf.cli import inference
 
-    if arguments.output and Path(arguments.output).exists():
-        raise UserError(f"--output {arguments.output}: exists already; remove it or name another file")
-    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
-        raise UserError(f"--output {arguments.output}: no such directory; make it first")
+    inference.check_output(arguments.output)
     config = inference.read_config(arguments)
+    if not arguments.post_process and (arguments.reward_model or arguments.normalize_reward):
+        raise UserError("--reward-model and --normalize-reward are for --post-process; add it, or remove them")
+    if arguments.normalize_reward and not arguments.reward_model:
+        raise UserError("--normalize-reward: needs --reward-model, whose mean and deviation it uses")
+    if arguments.post_process == "iter_dpo" and config.num_generations < 2:
+        raise UserError(
+            f"num_generations: {config.num_generations}; iter_dpo compares answers, so 2 or more are needed"
+        )
     answers = inference.answer(arguments.model, config, arguments.prompt)
-    rows = [
+    rows = _selected(arguments, config, answers) if arguments.post_process else _rows(answers)
+    if arguments.output:
+        inference.write_rows(arguments.output, rows)
+        what = "rows" if arguments.post_process else "answers"
+        print(f"{len(rows)} {what} in {arguments.output}")
+    elif arguments.post_process:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+    else:
+        for row in rows:
+            print(row["prompt"] + row["completion"])
+    return 0
+
+
+def _rows(answers: "Answers") -> list[dict[str, Any]]:
+    return [
         {
             "prompt": answers.prompts[rollout.group].text,
             "completion": text,
@@ -37,11 +75,33 @@ def run(arguments: argparse.Namespace) -> int:
         }
         for rollout, text in zip(answers.rollouts, answers.texts, strict=True)
     ]
-    if arguments.output:
-        with open(arguments.output, "x", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        print(f"{len(rows)} answers in {arguments.output}")
-    else:
-        for row in rows:
-            print(row["prompt"] + row["completion"])
-    return 0
+
+
+def _selected(arguments: argparse.Namespace, config: "InferenceConfig", answers: "Answers") -> list[dict[str, Any]]:
+    from mindrlhf.data.selection import SELECTIONS, RewardedAnswers
+
+    rewards = _rewards(arguments, config, answers)
+    count, rows = config.num_generations, []
+    for number, prompt in enumerate(answers.prompts):
+        span = slice(number * count, (number + 1) * count)
+        given = prompt.row[config.data.prompt_key]  # not as the template rendered it: training renders it again
+        rows += SELECTIONS[arguments.post_process](RewardedAnswers(given, answers.texts[span], rewards[span]))
+    return rows
+
+
+def _rewards(arguments: argparse.Namespace, config: "InferenceConfig", answers: "Answers") -> "np.ndarray":
+    """[answers] float, in their order."""
+    import numpy as np
+
+    if not arguments.reward_model:
+        from mindrlhf.rewards import Rewards
+
+        repeated = [prompt for prompt in answers.prompts for _ in range(config.num_generations)]
+        return Rewards.from_config(config.rewards, Path())(repeated, answers.texts)[0]
+    from mindrlhf.trainer.reward_model import RewardModel
+    from mindrlhf.types import Conversation
+
+    model = RewardModel.open(arguments.reward_model)
+    whole = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in answers.rollouts]
+    scores = model.scores([Conversation(ids, np.ones(len(ids), bool)) for ids in whole])
+    return model.normalized(scores) if arguments.normalize_reward else scores

@@ -1,9 +1,10 @@
-"""What `generate` and `eval` share: a checkpoint, prompts, a generator and its answers."""
+"""What `generate`, `eval` and `chat` share: the options; and of the first two the prompts and their answers."""
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mindrlhf.config import InferenceConfig, SamplingConfig, SourceConfig, load_config
 from mindrlhf.errors import UserError
@@ -13,21 +14,25 @@ if TYPE_CHECKING:
     from mindrlhf.types import Prompt, Rollout
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, data: bool = True) -> None:
+    """data: whether the command reads a file of prompts."""
+    example = "sampling.temperature=0.7 sampling.max_tokens=64"
     parser.add_argument("--model", required=True, help="a Hugging Face checkpoint directory")
-    parser.add_argument("--data", help="a .json, .jsonl, .csv or .parquet file with a prompt a row")
+    if data:
+        parser.add_argument("--data", help="a .json, .jsonl, .csv or .parquet file with a prompt a row")
+        example += " num_generations=8 data.prompt_key=question"
     parser.add_argument("--config", help="a YAML of mindrlhf.config.InferenceConfig")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="for example sampling.temperature=0.7 sampling.max_tokens=64 num_generations=8 data.prompt_key=question",
+        help=f"for example {example}",
     )
 
 
 def read_config(arguments: argparse.Namespace) -> InferenceConfig:
     config = load_config(InferenceConfig, arguments.config, arguments.overrides)
-    if arguments.data:
+    if getattr(arguments, "data", None):
         config.data.test = [SourceConfig(path=str(Path(arguments.data).resolve()))]
     for name in ("num_generations", "slots", "max_prompt_tokens"):
         if getattr(config, name) < 1:
@@ -69,7 +74,10 @@ def answer(model: str, config: InferenceConfig, texts: list[str]) -> Answers:
     for number, one in enumerate(ids, 1):
         if not 0 < len(one) <= limit:
             raise UserError(f"--prompt number {number}: {len(one)} tokens; 1 to {limit} fit beside the answer")
-    typed = [Prompt(i, t, None, len(rows) + n) for n, (i, t) in enumerate(zip(ids, rendered, strict=True))]
+    typed = [
+        Prompt(one, text, None, len(rows) + number, {data.prompt_key: given})
+        for number, (one, text, given) in enumerate(zip(ids, rendered, texts, strict=True))
+    ]
     prompts = rows + typed
     if not prompts:
         raise UserError("nothing to answer: give --prompt or --data")
@@ -83,3 +91,17 @@ def answer(model: str, config: InferenceConfig, texts: list[str]) -> Answers:
     rollouts = generator.generate(prompts, config.num_generations, config.sampling, config.seed)
     decoded = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
     return Answers(policy, prompts, rollouts, decoded)
+
+
+def check_output(output: str | None) -> None:
+    """Before anything is computed. Raises UserError for a file that exists and a directory that does not."""
+    if output and Path(output).exists():
+        raise UserError(f"--output {output}: exists already; remove it or name another file")
+    if output and not Path(output).resolve().parent.is_dir():
+        raise UserError(f"--output {output}: no such directory; make it first")
+
+
+def write_rows(output: str, rows: list[dict[str, Any]]) -> None:
+    """JSON lines into a new file."""
+    with open(output, "x", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

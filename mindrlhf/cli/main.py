@@ -18,9 +18,19 @@ from mindrlhf.utils.parallel import prepare_environment
 
 # name, help, module with add_arguments(parser) and run(arguments) -> exit code
 COMMANDS = (
-    ("grpo", "train a policy with an online algorithm of the GRPO family", "mindrlhf.cli.grpo"),
-    ("generate", "answer prompts with a model", "mindrlhf.cli.generate"),
+    ("sft", "fine-tune a model on answers", "mindrlhf.cli.train"),
+    ("rm", "train a reward model on pairs of answers", "mindrlhf.cli.train"),
+    ("prm", "train a process reward model on judged steps", "mindrlhf.cli.train"),
+    ("dpo", "train a policy on pairs of answers: DPO and its kin", "mindrlhf.cli.train"),
+    ("kto", "train a policy on answers that were liked or not", "mindrlhf.cli.train"),
+    ("kd", "distil a teacher into a student", "mindrlhf.cli.train"),
+    ("grpo", "train a policy online: GRPO and its kin", "mindrlhf.cli.train"),
+    ("generate", "answer prompts with a model; make data sets of the best answers", "mindrlhf.cli.generate"),
     ("eval", "score a model on held-out prompts", "mindrlhf.cli.eval"),
+    ("score", "score answers with a reward model", "mindrlhf.cli.score"),
+    ("chat", "talk with a model", "mindrlhf.cli.chat"),
+    ("merge-lora", "write a model with an adapter merged into it", "mindrlhf.cli.merge_lora"),
+    ("compare-loss", "compare the losses of two runs", "mindrlhf.cli.compare_loss"),
     ("bench", "measure what the KV cache is worth on this machine", "mindrlhf.cli.bench"),
     ("env", "show versions and hardware, and what is missing", "mindrlhf.cli.env"),
 )
@@ -71,17 +81,18 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(command=name)
     module.add_arguments(parser)
     # Intermixed: `a.b=c` overrides may stand before and after the options.
     return module.run(parser.parse_intermixed_args(arguments[1:]))
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:<10}{text}" for name, text, _ in COMMANDS]
+    lines = [f"  {name:<14}{text}" for name, text, _ in COMMANDS]
     parser = argparse.ArgumentParser(
         prog="mindrlhf",
         usage="mindrlhf COMMAND ...",
-        description="Reinforcement learning of language models on MindSpore.",
+        description="Post-training of language models on MindSpore.",
         epilog="\n".join(["commands:", *lines, "", "mindrlhf COMMAND --help tells more."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

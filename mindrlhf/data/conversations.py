@@ -1,81 +1,122 @@
-"""Supervised examples: a prompt, the answer to imitate and the stop token."""
+"""Supervised examples: prompt and answer, whole conversations, or plain text."""
 
-import logging
-import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindrlhf.config import DataConfig, SourceConfig
-from mindrlhf.data.readers import Row, UnusableRows, column
-from mindrlhf.data.templates import is_empty, render_rows
-from mindrlhf.data.tokenizers import encode
+from mindrlhf.data.examples import Draft, Examples, UnusableRow, read_examples
+from mindrlhf.data.readers import Row
+from mindrlhf.data.templates import checked_messages, prompt_messages
+from mindrlhf.data.turns import Turn, Turns, Value, end_of_sequence, join, limit, refuse_long
 from mindrlhf.errors import UserError
 from mindrlhf.types import Conversation
-
-logger = logging.getLogger(__name__)
 
 
 def read_conversations(
     sources: list[SourceConfig], data: DataConfig, tokenizer: Any, max_tokens: int, base: Path
-) -> list[Conversation]:
-    """Every row of every source as prompt + response + stop token, of which the last two are trained.
+) -> Examples[Conversation]:
+    """Every row of every source as data.format says; docs/data.md describes the formats.
 
-    Prompt and response are tokenised apart, so that the prompt's tokens are those that generation sees. The stop token
-    is the tokenizer's end of sequence; it is trained even where it is the padding token too, and not doubled where
-    the response already ends with it. Paths are relative to `base`; the sources' probabilities are not used.
+    Of a prompt with an answer the answer and its stop token are trained, of a conversation those of every assistant
+    turn, of plain text all but the first token. No conversation has more than `max_tokens` tokens. Paths are relative
+    to `base`.
 
     Raises UserError for what the readers and templates refuse, a tokenizer without a stop token, a file without a
-    usable row, and, where data.strict, an empty prompt or response or a conversation of more than `max_tokens` tokens.
+    usable row, and, where data.strict, an unusable row: see docs/data.md.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no stop token; set eos_token in its tokenizer_config.json")
-    unusable = UnusableRows(data.strict)
-    conversations = []
-    for source in sources:
-        path = Path(base) / source.path
-        usable = _read_source(path, data, tokenizer, max_tokens, unusable)
-        if not usable:
-            raise UserError(f"{path}: every row was skipped: {unusable.skipped}; mend the rows or remove the file")
-        conversations += usable
-    if unusable.skipped:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in unusable.skipped.items())
-        logger.warning("supervised data: skipped rows (data.strict is false): %s", reasons)
+    drafts = {"prompt": _answered, "alpaca": _alpaca, "messages": _messages, "text": _text}
+    if data.format == "messages" and not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "data.format: messages needs a chat template, which the tokenizer has not; add chat_template to its "
+            "tokenizer_config.json or model.build.chat_template"
+        )
+    draft: Callable[[Row, Turns, int], Draft[Conversation]] = drafts[data.format]
+    turns = Turns(data, tokenizer)
+    return read_examples(sources, data, tokenizer, base, lambda row: draft(row, turns, max_tokens))
+
+
+def _answered(row: Row, turns: Turns, max_tokens: int) -> Draft[Conversation]:
+    prompt, answer = (Value.read(row, turns.data, option) for option in ("prompt_key", "response_key"))
+    return _single(turns.turn(prompt, answer), max_tokens)
+
+
+def _alpaca(row: Row, turns: Turns, max_tokens: int) -> Draft[Conversation]:
+    for key in ("instruction", "output"):
+        if key not in row.values:
+            fix = "rename the columns or set data.format to what the rows are"
+            raise UserError(f"{row.where}: no column {key!r}, which data.format: alpaca needs; {fix}")
+    instruction, extra, answer = (Value(row.values.get(key), row, key) for key in ("instruction", "input", "output"))
+    instruction.refuse_empty("empty prompt")
+    answer.refuse_empty("empty response")
+    prompt = instruction.text()
+    if extra.value is not None and extra.text().strip():
+        prompt += "\n" + extra.text()
+    return _single(turns.turn(Value(prompt, row, instruction.key), Value(answer.text(), row, answer.key)), max_tokens)
+
+
+def _single(turn: Turn, max_tokens: int) -> Draft[Conversation]:
+    return Draft([turn.prompt, turn.answer], lambda ids: [refuse_long(join(*ids, turn.stop), max_tokens)], (turn.stop,))
+
+
+def _messages(row: Row, turns: Turns, max_tokens: int) -> Draft[Conversation]:
+    column = Value.read(row, turns.data, "messages_key")
+    column.refuse_empty("no assistant turn")
+    messages = prompt_messages(checked_messages(column.value, column.where), turns.data.system_prompt, column.where)
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise UnusableRow("no assistant turn", f"column {column.key!r} has no assistant turn; add one")
+    if all(message["role"] == "system" for message in messages[: answers[0]]):
+        raise UnusableRow("no user turn first", f"column {column.key!r} begins with an answer; put its question first")
+    replies = [turns.reply(messages[: number + 1], column) for number in answers]
+    texts = [text for reply in replies for text in (reply.prompt, reply.answer)]
+    stop_ids = tuple(reply.stop for reply in replies)
+    return Draft(texts, lambda ids: [refuse_long(c, max_tokens) for c in _join_turns(ids, stop_ids)], stop_ids)
+
+
+def _join_turns(ids: list[np.ndarray], stop_ids: tuple[int, ...]) -> list[Conversation]:
+    """From the ids of each turn's prompt and answer to one conversation that trains all answers.
+
+    Each prompt holds the turns before it as generation would see them. Where these are not, token by token, what was
+    trained so far (a template that strips earlier thinking, or writes no stop token) the turn begins a conversation of
+    its own.
+    """
+    conversations: list[Conversation] = []
+    for prompt_ids, answer_ids, stop in zip(ids[::2], ids[1::2], stop_ids, strict=True):
+        conversation = join(prompt_ids, answer_ids, stop)
+        if conversations and np.array_equal(prompt_ids[: len(conversations[-1].ids)], conversations[-1].ids):
+            before = conversations.pop()
+            conversation.trained[: len(before.trained)] = before.trained
+        conversations.append(conversation)
     return conversations
 
 
-def _read_source(
-    path: Path, data: DataConfig, tokenizer: Any, max_tokens: int, unusable: UnusableRows
-) -> list[Conversation]:
-    answered: list[tuple[Row, str, str]] = []
-    for row, prompt in render_rows(path, data, tokenizer, unusable):
-        response = column(row, data.response_key, "data.response_key")
-        if is_empty(response):
-            unusable.refuse(row, "empty response", f"column {data.response_key!r} is empty; fill it")
-        elif not isinstance(response, str):
-            raise UserError(
-                f"{row.where}: column {data.response_key!r}: {reprlib.repr(response)} is not text; write a string"
-            )
-        else:
-            answered.append((row, prompt, response))
-    prompts = encode(tokenizer, [prompt for _, prompt, _ in answered])
-    responses = encode(tokenizer, [response for _, _, response in answered])
-    conversations = []
-    for (row, _, _), prompt_ids, response_ids in zip(answered, prompts, responses, strict=True):
-        conversation = _join(prompt_ids, response_ids, tokenizer.eos_token_id)
-        if len(conversation.ids) > max_tokens:
-            problem = f"prompt, response and stop token are {len(conversation.ids)} tokens, the limit is {max_tokens}"
-            fix = f"raise trainer.row_tokens to {len(conversation.ids)}, shorten the row"
-            unusable.refuse(row, "conversation too long", f"{problem}; {fix}")
-        else:
-            conversations.append(conversation)
-    return conversations
+def _text(row: Row, turns: Turns, max_tokens: int) -> Draft[Conversation]:
+    column = Value.read(row, turns.data, "text_key")
+    column.refuse_empty("empty text")
+    stop = end_of_sequence(turns.tokenizer)
+    return Draft([column.text()], lambda ids: _pieces(ids[0], stop, max_tokens), (stop,))
 
 
-def _join(prompt_ids: np.ndarray, response_ids: np.ndarray, stop_id: int) -> Conversation:
-    if stop_id not in response_ids[-1:]:
-        response_ids = np.append(response_ids, np.int32(stop_id))
-    trained = np.zeros(len(prompt_ids) + len(response_ids), dtype=bool)
-    trained[len(prompt_ids) :] = True
-    return Conversation(ids=np.concatenate([prompt_ids, response_ids]), trained=trained)
+def _pieces(ids: np.ndarray, stop: int, max_tokens: int) -> list[Conversation]:
+    """The text and a stop token as pieces of `max_tokens` tokens, of which all but the first token are trained.
+
+    Where the last piece would be the stop token alone, with nothing to predict it from, the token before comes again.
+    """
+    if stop not in ids[-1:]:
+        ids = np.append(ids, np.int32(stop))
+    if len(ids) < 2:
+        raise UnusableRow("empty text", "the text has no token; fill it")
+    if max_tokens < 2:
+        raise UnusableRow("conversation too long", f"the text is {len(ids)} tokens, {limit(max_tokens)}")
+    starts = [min(start, len(ids) - 2) for start in range(0, len(ids), max_tokens)]
+    stops = [*range(max_tokens, len(ids), max_tokens), len(ids)]
+    pieces = []
+    for start, end in zip(starts, stops, strict=True):
+        trained = np.ones(end - start, dtype=bool)
+        trained[0] = False
+        pieces.append(Conversation(ids=ids[start:end], trained=trained))
+    assert pieces[-1].ids[-1] == stop and pieces[-1].trained[-1]
+    return pieces

@@ -1,5 +1,6 @@
 """Sequences of many lengths packed into micro-batches of one shape, and the one place where labels are shifted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,28 +48,41 @@ class Packing:
     slots: list[tuple[int, slice]]  # of each sequence: its micro-batch, and its targets' place among the N
 
     @classmethod
-    def of(cls, sequences: list[np.ndarray], targets: list[np.ndarray], rows: int, row_tokens: int) -> "Packing":
+    def of(
+        cls,
+        sequences: list[np.ndarray],
+        targets: list[np.ndarray],
+        rows: int,
+        row_tokens: int,
+        together: int = 1,
+        shift: int = 1,
+    ) -> "Packing":
         """Pack sequences ([n_i] int32) into micro-batches of `rows` x `row_tokens`.
 
         `targets[i][j]` ([n_i] bool) is True where token j of sequence i is predicted, at token j-1; so targets[i][0]
-        is False. All micro-batches have the same N, the bucket of the largest one's targets. Rows are spread so that
-        target counts are near equal; rows that stay empty are padding. Padding is token 0, position 0, segment 0.
-        Sequence numbers run from 0 in each micro-batch, over the sequences that have targets; padding among the N
-        targets is index 0, label 0, mask 0 and sequence N-1, a number no real sequence has.
+        is False. With shift 0 the model is read at token j itself. Every `together` consecutive sequences share a row,
+        and so a micro-batch: the two answers of a pair. All micro-batches have the same N, the bucket of the largest
+        one's targets. Rows are spread so that target counts are near equal; rows that stay empty are padding. Padding
+        is token 0, position 0, segment 0. Sequence numbers run from 0 in each micro-batch, over the sequences that
+        have targets; padding among the N targets is index 0, label 0, mask 0 and sequence N-1, a number no real
+        sequence has.
 
         Raises ValueError for a sequence of more than `row_tokens` tokens.
         """
         for sequence, target in zip(sequences, targets, strict=True):
             assert len(sequence) == len(target), (len(sequence), len(target))
-            assert not target[:1].any(), "the first token of a sequence has nothing before it to be predicted from"
+            assert not (shift and target[:1].any()), "the first token of a sequence has nothing before it"
         counts = [int(np.count_nonzero(target)) for target in targets]
-        dealt = _deal(pack([len(sequence) for sequence in sequences], row_tokens), counts, rows)
+        starts = range(0, len(sequences), together)
+        packed = pack([sum(map(len, sequences[start : start + together])) for start in starts], row_tokens)
+        members = [[unit * together + i for unit in row for i in range(together)] for row in packed]
+        dealt = _deal(members, counts, rows)
         size = bucket(max((_least_size(batch, counts) for batch in dealt), default=0))
         slots: list[tuple[int, slice]] = [(0, slice(0))] * len(sequences)
         batches = []
         for number, batch in enumerate(dealt):
-            packed, places = _fill(batch, sequences, targets, (rows, row_tokens), size)
-            batches.append(packed)
+            filled, places = _fill(batch, sequences, targets, (rows, row_tokens), size, shift)
+            batches.append(filled)
             for sequence_number, place in places.items():
                 slots[sequence_number] = number, place
         return cls(batches, slots)
@@ -85,6 +99,14 @@ class Packing:
         """The inverse of `spread`: [N] a micro-batch as [R_i] a sequence, in the order the sequences were given."""
         assert len(values) == len(self.batches), (len(values), len(self.batches))
         return [values[number][place].copy() for number, place in self.slots]
+
+    def by_sequence(self, values: Sequence[float]) -> list[np.ndarray]:
+        """One number a sequence as [N] float32 a micro-batch, at the sequence's number there, 0 elsewhere."""
+        arrays = [np.zeros(len(batch.labels), np.float32) for batch in self.batches]
+        for (number, place), value in zip(self.slots, values, strict=True):
+            assert place.stop > place.start, "a sequence without targets has no number"
+            arrays[number][self.batches[number].sequence[place.start]] = value
+        return arrays
 
 
 def _deal(packed: list[list[int]], counts: list[int], rows: int) -> list[list[list[int]]]:
@@ -110,7 +132,12 @@ def _least_size(batch: list[list[int]], counts: list[int]) -> int:
 
 
 def _fill(
-    batch: list[list[int]], sequences: list[np.ndarray], targets: list[np.ndarray], shape: tuple[int, int], size: int
+    batch: list[list[int]],
+    sequences: list[np.ndarray],
+    targets: list[np.ndarray],
+    shape: tuple[int, int],
+    size: int,
+    shift: int,
 ) -> tuple[PackedRows, dict[int, slice]]:
     """One micro-batch of `shape` rows x tokens with N = size, and the slots of its sequences by their number."""
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
@@ -129,7 +156,7 @@ def _fill(
             segments[row, span] = segment
             predicted = np.flatnonzero(targets[number])
             place = slice(filled, filled + len(predicted))
-            index[place] = row * shape[1] + start + predicted - 1
+            index[place] = row * shape[1] + start + predicted - shift
             labels[place] = ids[predicted]
             sequence[place] = real
             mask[place] = 1.0

@@ -40,7 +40,7 @@ class PromptDataset:
         Raises UserError for what the readers and templates refuse, a file without a usable row, wrong probabilities,
         and, where data.strict, an empty prompt or one of more than `max_prompt_tokens` tokens.
         """
-        probabilities = _normalised(sources)
+        probabilities = normalised(sources)
         unusable = UnusableRows(data.strict)
         prompts: list[Prompt] = []
         ranges = []
@@ -136,7 +136,11 @@ def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(key))
 
 
-def _normalised(sources: list[SourceConfig]) -> list[float]:
+def normalised(sources: list[SourceConfig]) -> list[float]:
+    """The sources' shares of the draws, which sum to 1.
+
+    Raises UserError for a share that is negative or not finite, and where all are 0.
+    """
     for source in sources:
         if not (math.isfinite(source.probability) and source.probability >= 0):
             raise UserError(f"{source.path}: probability: {source.probability} is not a share; use 0 or more")

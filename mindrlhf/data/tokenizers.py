@@ -1,4 +1,4 @@
-"""Tokenizers: train one, load one, tokenise texts, and which tokens end an answer."""
+"""Tokenizers: train one, load one, tokenise texts, which tokens end an answer, and its text as they come."""
 
 import json
 import os
@@ -99,9 +99,47 @@ def stop_ids(tokenizer: Any, generation_config_eos: list[int] | None, stop: list
     for text, tokens in zip(stop, encode(tokenizer, stop), strict=True):
         if len(tokens) != 1:
             problem = f"{text!r} is {len(tokens)} tokens in this tokenizer, a stop is exactly one"
-            raise UserError(f"rollout.sampling.stop: {problem}; use a token such as {tokenizer.eos_token!r}")
+            raise UserError(f"sampling.stop: {problem}; use a token such as {tokenizer.eos_token!r}")
         ids.append(int(tokens[0]))
     return tuple(dict.fromkeys(ids))
+
+
+class TextStream:
+    """Text of tokens that come one by one; the pieces joined are the text of all of them, special tokens left out.
+
+    A token may hold a part of a character, and what it looks like may depend on the one before (SentencePiece drops
+    the first space of what it decodes). So a few tokens are decoded again together, and a piece is held back until it
+    ends with a whole character. This is how vLLM and TGI stream. Costs the same for every token.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.text = ""  # of all tokens so far, but for what is held back
+        self._shown: list[int] = []  # tokens of the last piece
+        self._held: list[int] = []  # tokens behind it
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, or nothing."""
+        self._held.append(token)
+        piece = self._piece()
+        return "" if piece.endswith("\N{REPLACEMENT CHARACTER}") else self._take(piece)
+
+    def finish(self) -> str:
+        """What is held back, as it is: U+FFFD where a character was cut."""
+        return self._take(self._piece())
+
+    def _piece(self) -> str:
+        return self._decode(self._shown + self._held)[len(self._decode(self._shown)) :]
+
+    def _take(self, piece: str) -> str:
+        if piece:
+            self.text += piece
+            self._shown, self._held = self._held, []
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        # Cleaning up would change text that is out already.
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _texts(file: Path) -> Iterator[str]:

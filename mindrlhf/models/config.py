@@ -4,11 +4,10 @@ One dataclass for every family. What a `model_type` implies is a row of FAMILIES
 (another activation, a sliding window, partial rotary embeddings, quantised weights, other rope types) is refused by
 name, because a decoder that ignored such a key would load the weights and be silently wrong.
 
-Sources: transformers 4.57 `models/{llama,qwen2}/configuration_*.py` and `modeling_rope_utils.py` for names, defaults
-and both spellings of the rope settings; MindFormers 1.9 `models/llama` for `from_mindformers`.
+Sources: transformers 4.57 `models/{llama,qwen2}/configuration_*.py` for names and defaults; MindFormers 1.9
+`models/llama` for `from_mindformers`.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,32 +15,24 @@ from typing import Any, NamedTuple
 
 from mindrlhf.errors import UserError
 from mindrlhf.models.fields import flag, integer, number, read_json, refuse_unknown, token_id
+from mindrlhf.models.rope_settings import ROPE_TYPES, mindformers_rope, read_rope, rope_type
 
 
 class Family(NamedTuple):
     """What a model_type of config.json implies."""
 
-    architecture: str  # the class that transformers loads
+    architecture: str  # of the classes that transformers loads, without what names the head
     biases: dict[bool, tuple[bool, bool]]  # attention_bias -> (q, k and v have a bias, o has a bias)
     attention_bias: bool  # where config.json does not say
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", {False: (False, False), True: (True, True)}, False),
-    "qwen2": Family("Qwen2ForCausalLM", {True: (True, False)}, True),
+    "llama": Family("Llama", {False: (False, False), True: (True, True)}, False),
+    "qwen2": Family("Qwen2", {True: (True, False)}, True),
 }
 
-# rope_type -> (keys it needs, keys it may have)
-ROPE_TYPES = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-    "yarn": (
-        ("factor",),
-        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-        + ("truncate",),
-    ),
-}
+# head -> what ends the name of transformers' class
+HEADS = {"logits": "ForCausalLM", "score": "ForSequenceClassification"}
 
 # What a YAML build.decoder may hold; the same names and meanings as in config.json.
 YAML_KEYS = (
@@ -74,6 +65,9 @@ class DecoderConfig:
     initializer_range: float = 0.02  # standard deviation of fresh matrices and embeddings
     bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None  # several where any of them ends an answer
+    head: str = "logits"  # a row of HEADS; "score": one number a token, a reward model
+    score_mean: float = 0.0  # of the scores on held-out data, for who normalises them
+    score_std: float = 1.0  # over 0
 
     def __post_init__(self):
         for name, value in (
@@ -99,6 +93,8 @@ class DecoderConfig:
             raise UserError("rms_norm_eps must be over 0 and initializer_range must not be negative")
         if self.rope_theta <= 1:
             raise UserError(f"rope_theta is {self.rope_theta}; it must be over 1 (10000 is usual)")
+        if self.head not in HEADS or not self.score_std > 0:
+            raise UserError(f"head {self.head!r} must be logits or score, and score_std {self.score_std} over 0")
         if self.model_type not in FAMILIES:
             raise UserError(f"model_type {self.model_type!r} is not supported; known: {', '.join(FAMILIES)}")
         if (self.qkv_bias, self.output_bias) not in FAMILIES[self.model_type].biases.values():
@@ -109,13 +105,14 @@ class DecoderConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers; tied embeddings count once."""
+        """Numbers of the weights; tied embeddings count once."""
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.hidden_size * (2 * query + 2 * key)
         attention += self.qkv_bias * (query + 2 * key) + self.output_bias * self.hidden_size
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embedding = self.vocab_size * self.hidden_size
-        return self.num_layers * layer + self.hidden_size + embedding * (1 if self.tie_embeddings else 2)
+        vocabulary = self.vocab_size * self.hidden_size
+        head = self.hidden_size if self.head == "score" else (not self.tie_embeddings) * vocabulary
+        return vocabulary + self.num_layers * layer + self.hidden_size + head
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -145,7 +142,7 @@ class DecoderConfig:
                     "change one, or set head_dim"
                 )
             head_dim = hidden_size // num_heads
-        rope_theta, rope_scaling = _rope(values, where)
+        rope_theta, rope_scaling = read_rope(values, where)
         fields = dict(
             vocab_size=integer(values, "vocab_size", where),
             hidden_size=hidden_size,
@@ -165,6 +162,9 @@ class DecoderConfig:
             initializer_range=number(values, "initializer_range", where, 0.02),
             bos_token_id=token_id(values, "bos_token_id", where),
             eos_token_id=token_id(values, "eos_token_id", where),
+            head=_head(values, where),
+            score_mean=number(values, "score_mean", where, 0.0),
+            score_std=number(values, "score_std", where, 1.0),
         )
         try:
             return cls(**fields)
@@ -185,7 +185,7 @@ class DecoderConfig:
         for name in ("rope_scaling", "rope_parameters"):
             rope = values.get(name)
             if isinstance(rope, Mapping):
-                needed, optional = ROPE_TYPES.get(str(_rope_type(rope)), ((), ()))
+                needed, optional = ROPE_TYPES.get(str(rope_type(rope)), ((), ()))
                 extra = ("rope_type", "type") + (("rope_theta",) if name == "rope_parameters" else ())
                 refuse_unknown(rope, needed + optional + extra, f"{where}.{name}")
         return cls.from_hf({**values, "vocab_size": vocab_size}, where)
@@ -209,7 +209,7 @@ class DecoderConfig:
                 width = int((config.ffn_dim_multiplier + 0.01) * width)
             width = int(2 * width / 3)
             width = config.multiple_of * ((width + config.multiple_of - 1) // config.multiple_of)
-        theta, scaling = _mindformers_rope(config, where)
+        theta, scaling = mindformers_rope(config, where)
         values = {
             "model_type": "qwen2" if qkv_bias and not output_bias else "llama",
             "attention_bias": qkv_bias,
@@ -241,7 +241,7 @@ class DecoderConfig:
     def to_hf(self) -> dict[str, Any]:
         """The content of a config.json that transformers 4 and 5 load, weights being float32; from_hf's inverse."""
         values = {
-            "architectures": [FAMILIES[self.model_type].architecture],
+            "architectures": [FAMILIES[self.model_type].architecture + HEADS[self.head]],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -264,6 +264,11 @@ class DecoderConfig:
         }
         if len(FAMILIES[self.model_type].biases) > 1:  # elsewhere the key means nothing
             values["attention_bias"] = self.qkv_bias
+        if self.head == "score":
+            # transformers reads the score at the last token that is not padding. Where padding is the stop token that
+            # would be one token early; without padding it is the last token, and a batch of one row.
+            values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": None}
+            values |= {"score_mean": self.score_mean, "score_std": self.score_std}
         return values
 
 
@@ -289,6 +294,19 @@ def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
         )
 
 
+def _head(values: Mapping[str, Any], where: str) -> str:
+    """By the class that config.json names; a classifier of one label is a reward model."""
+    architecture = str((values.get("architectures") or [""])[0])
+    if not architecture.endswith(HEADS["score"]):
+        return "logits"
+    # transformers writes id2label instead of num_labels, and neither where there are two labels.
+    names = values.get("id2label")
+    labels = integer(values, "num_labels", where, len(names) if isinstance(names, Mapping) else 2)
+    if labels != 1:
+        raise UserError(f"{where}: {architecture} with {labels} labels is not supported; a reward model has one label")
+    return "score"
+
+
 def _biases(values: Mapping[str, Any], where: str) -> tuple[bool, bool]:
     family = FAMILIES[values["model_type"]]
     biased = flag(values, "attention_bias", where, family.attention_bias)
@@ -298,78 +316,6 @@ def _biases(values: Mapping[str, Any], where: str) -> tuple[bool, bool]:
             "remove the key"
         )
     return family.biases[biased]
-
-
-def _rope_type(scaling: Mapping[str, Any]) -> Any:
-    return scaling.get("rope_type", scaling.get("type", "default"))
-
-
-def _rope(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """rope_theta and the scaling, from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
-    thetas, scalings = [], []
-    if values.get("rope_theta") is not None:
-        thetas.append(number(values, "rope_theta", where))
-    for name in ("rope_parameters", "rope_scaling"):
-        if values.get(name) is None:
-            continue
-        scalings.append(_rope_scaling(values[name], f"{where}: {name}"))
-        if values[name].get("rope_theta") is not None:
-            thetas.append(number(values[name], "rope_theta", f"{where}: {name}"))
-    if any(theta != thetas[0] for theta in thetas) or any(scaling != scalings[0] for scaling in scalings):
-        raise UserError(f"{where}: rope_parameters and rope_theta or rope_scaling disagree; keep one of the spellings")
-    return (thetas or [10000.0])[0], (scalings or [None])[0]
-
-
-def _rope_scaling(scaling: Any, where: str) -> dict[str, Any] | None:
-    """One spelling's settings as `rope_type` and the numbers that this type reads; None for the default."""
-    if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
-        raise UserError(f"{where}: must be one mapping with rope_type and its numbers, for all layers alike")
-    kind = _rope_type(scaling)
-    if kind not in tuple(ROPE_TYPES):
-        raise UserError(f"{where}: rope_type {kind!r} is not supported; known: {', '.join(ROPE_TYPES)}")
-    if scaling.get("partial_rotary_factor") not in (None, 1):
-        raise UserError(f"{where}: partial_rotary_factor other than 1 is not supported; use another model")
-    needed, optional = ROPE_TYPES[kind]
-    result: dict[str, Any] = {"rope_type": kind}
-    for key in needed + optional:
-        if scaling.get(key) is None:
-            if key in needed:
-                raise UserError(f"{where}: {key} is missing; rope_type {kind} needs {', '.join(needed)}")
-        elif key == "original_max_position_embeddings":
-            result[key] = integer(scaling, key, where)
-        elif key == "truncate":
-            result[key] = flag(scaling, key, where)
-        else:
-            result[key] = number(scaling, key, where)
-    if result.get("factor", 1.0) < 1 or result.get("original_max_position_embeddings", 1) < 1:
-        raise UserError(f"{where}: factor and original_max_position_embeddings must be at least 1")
-    if min(result.get("beta_fast", 1), result.get("beta_slow", 1)) < 0:
-        raise UserError(f"{where}: beta_fast and beta_slow must not be negative")
-    if kind == "llama3" and not 0 < result["low_freq_factor"] < result["high_freq_factor"]:
-        raise UserError(f"{where}: high_freq_factor must be over low_freq_factor, and both over 0")
-    return None if kind == "default" else result
-
-
-def _mindformers_rope(config: Any, where: str) -> tuple[float, dict[str, Any] | None]:
-    """MindFormers' theta, extend_method and scaling_factor in Hugging Face's words (`modules/layers.py` FreqsMgr)."""
-    method, scaling = getattr(config, "extend_method", "None"), getattr(config, "scaling_factor", 1.0)
-    if method in (None, "None"):
-        return config.theta, None
-    if method == "NTK":
-        return config.theta * scaling, None
-    if method == "PI":
-        return config.theta, {"rope_type": "linear", "factor": scaling}
-    if method in ("linear", "LLAMA3"):
-        return config.theta, {**scaling, "rope_type": method.lower()}
-    if method == "YARN":
-        # Its attention factor is always the quotient; Hugging Face's is so only if neither mscale is 0.
-        parts = [
-            0.1 * scaling[key] * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
-            for key in ("mscale", "mscale_all_dim")
-        ]
-        kept = {key: value for key, value in scaling.items() if not key.startswith("mscale")}
-        return config.theta, {**kept, "rope_type": "yarn", "attention_factor": parts[0] / parts[1]}
-    raise UserError(f"{where}: extend_method {method!r} is not supported; known: None, NTK, PI, linear, LLAMA3, YARN")
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ from mindrlhf.models.fields import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
 LARGEST_HEADER = 100_000_000  # bytes, the library's own limit
 
 # What can be read as float32. bfloat16 is the upper half of a float32, so it is read as the integer it is stored as.
@@ -107,6 +108,13 @@ def read_tensors(directory: str | Path) -> Tensors:
             raise UserError(f"{directory / file}: lacks {name}, which {INDEX_FILE} says it holds; download both again")
         entries[name] = headers[file][name]
     return Tensors(entries)
+
+
+def read_tensor_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file, its header checked. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; download it")
+    return Tensors(_read_header(path))
 
 
 def _read_header(path: Path) -> dict[str, Entry]:
@@ -198,6 +206,16 @@ def write_tensors(
     flush_path(directory)
 
 
+def write_tensor_file(path: Path, tensors: Iterable[Source]) -> None:
+    """One file of float32 tensors, written beside its place, flushed and renamed."""
+    try:
+        _write_file(_temporary(path), list(tensors), {"format": "pt"})
+        os.replace(_temporary(path), path)
+    finally:
+        _temporary(path).unlink(missing_ok=True)
+    flush_path(path.parent)
+
+
 def _split(tensors: list[Source], shard_bytes: float) -> list[list[Source]]:
     """The tensors in order, a new list whenever the next one would not fit."""
     shards: list[list[Source]] = [[]]
@@ -280,7 +298,9 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}.mlp.up_proj.weight"] = (width, hidden)
         shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, width)
     shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_embeddings:
+    if config.head == "score":
+        shapes[SCORE] = (1, hidden)
+    elif not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
 
@@ -288,7 +308,8 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def check_names(config: DecoderConfig, found: Mapping[str, tuple[int, ...]], directory: str | Path) -> None:
     """Every parameter of the decoder is there in its shape, and nothing else is.
 
-    Passed over: the rotary frequencies that old checkpoints store, and lm_head.weight where the embedding is the head.
+    Passed over: the rotary frequencies that old checkpoints store, and lm_head.weight where the embedding or
+    the score is the head.
     Raises one UserError naming the first tensor that is missing, misshapen or unexpected, and how many more there are.
     """
     expected = expected_shapes(config)
@@ -300,8 +321,7 @@ def check_names(config: DecoderConfig, found: Mapping[str, tuple[int, ...]], dir
         elif tuple(found[name]) != shape:
             problems.append(f"{name} has shape {list(found[name])}, config.json makes it {list(shape)}")
     for name, shape in found.items():
-        ignored = name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == HEAD)
-        if name not in expected and not ignored:
+        if name not in expected and name != HEAD and not name.endswith("rotary_emb.inv_freq"):
             problems.append(f"{name} {list(shape)} is unexpected: {config.model_type} models have no such tensor")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

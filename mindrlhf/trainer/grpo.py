@@ -11,6 +11,7 @@ from mindrlhf.models.decoder import Decoder, random_weights
 from mindrlhf.rewards import Rewards
 from mindrlhf.trainer.online import OnlineTrainer, Update
 from mindrlhf.trainer.roles import Policy, check_vocabulary, checkpoint_weights
+from mindrlhf.wrapper.scorer import Scorer
 from mindrlhf.wrapper.train_step import TrainStep
 
 
@@ -64,7 +65,8 @@ class GRPOTrainer(OnlineTrainer):
         if policy is not None and self.algorithm.kl_coef:
             checkpoint = getattr(ref_model_config, "checkpoint_name_or_path", None)
             same = policy.decoder.config
-            self._use_reference(checkpoint_weights(Path(checkpoint), same) if checkpoint else policy.decoder.weights)
+            weights = checkpoint_weights(Path(checkpoint), same) if checkpoint else policy.decoder.weights
+            self.scorer = Scorer(Decoder(same, weights), self.algorithm.loss.temperature)
 
 
 def init_grpo_network_and_optimizer(trainer: GRPOTrainer) -> TrainStep:

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.config import GRPOConfig, config_to_yaml, difference
+from mindrlhf.config import GRPOConfig, OfflineConfig, config_to_yaml, difference
 from mindrlhf.errors import UserError
+from mindrlhf.models.decoder import Decoder
 from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import Source
-from mindrlhf.trainer.roles import Policy
+from mindrlhf.trainer.roles import Policy, open_checkpoint
 from mindrlhf.utils.checkpoint import Checkpoints
 from mindrlhf.utils.logging import RunLog
 from mindrlhf.utils.progress import Progress
+from mindrlhf.wrapper.scorer import Scorer
 from mindrlhf.wrapper.train_step import TrainStep
 
 # What may differ between the run that saved a checkpoint and the one that resumes it.
@@ -26,7 +28,7 @@ RESUMABLE = ("output", "logging.", "trainer.steps", "trainer.epochs", "trainer.s
 class Trainer(ABC):
     """Subclasses say what one step, one evaluation and their own state are; `fit` does the rest."""
 
-    config: GRPOConfig
+    config: GRPOConfig | OfflineConfig
     policy: Policy
     train_step: TrainStep
     step: int = 0  # steps done
@@ -53,6 +55,25 @@ class Trainer(ABC):
 
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+    @property
+    def starts_at_path(self) -> bool:
+        """Whether the policy, as training starts, is the checkpoint model.path."""
+        return bool(self.config.model.path)
+
+    def reference_scorer(self, fresh: bool, temperature: float = 1.0) -> Scorer:
+        """Of model.reference, or of the policy as training started; `fresh` says that it is as it was then."""
+        model, first = self.config.model, self.checkpoints.path(0)
+        if fresh and not model.reference:
+            if not self.starts_at_path:
+                self.save_checkpoint()  # step 0: a resumed run takes the reference from it
+            return Scorer(Decoder(self.policy.decoder.config, self.policy.decoder.weights), temperature)
+        directory = model.reference or (str(first) if first.is_dir() else model.path)
+        reference = open_checkpoint(directory, head="logits").decoder
+        ours, theirs = self.policy.decoder.config.vocab_size, reference.config.vocab_size
+        if theirs != ours:
+            raise UserError(f"model.reference: {directory} has {theirs} logits, the policy {ours}; they must be one")
+        return Scorer(reference, temperature)
 
     def close(self, log: RunLog) -> dict[str, Any]:  # noqa: B027 - a hook
         """Called behind the last evaluation: more for the summary."""
@@ -100,9 +121,9 @@ class Trainer(ABC):
         if not steps:  # stopped before its first checkpoint: the same again from the start
             self._recorded = -1
             return False
-        state, weights, moments = self.checkpoints.read(steps[-1])
+        state, moments = self.checkpoints.read(steps[-1])
         self.step = self._recorded = state["step"]
-        self.policy.decoder.load(weights)
+        self.policy.load(self.checkpoints.path(self.step))
         self.train_step.load_state(moments, state["updates"], state["skipped"])
         self.load_state(state)
         return True

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.advantages import keep_group, kl_shaped_advantages, loss_weights, overlong_penalty
-from mindrlhf.config import GRPOConfig, SamplingConfig
-from mindrlhf.data.conversations import read_conversations
+from mindrlhf.config import GRPOConfig, SamplingConfig, SFTConfig, TrainerConfig, TrainingConfig
 from mindrlhf.data.packing import Packing
 from mindrlhf.data.prompts import PromptDataset, PromptOrder
 from mindrlhf.errors import UserError
-from mindrlhf.models.decoder import Decoder
 from mindrlhf.rewards import Rewards
 from mindrlhf.schedules import learning_rate
 from mindrlhf.trainer.algorithms import resolve
 from mindrlhf.trainer.loop import Trainer, mean
-from mindrlhf.trainer.roles import Policy, checkpoint_weights, open_policy
-from mindrlhf.trainer.supervised import SupervisedTrainer
+from mindrlhf.trainer.roles import Policy, open_policy
+from mindrlhf.trainer.supervised import SFTTrainer
 from mindrlhf.types import PolicyBatch, Prompt, Rollout
 from mindrlhf.utils.logging import RunLog
 from mindrlhf.utils.parallel import start
@@ -60,7 +58,7 @@ class OnlineTrainer(Trainer):
         stop = self.policy.stop_ids(rollout.sampling.stop)
         self.generator = Generator(decoder, rollout.slots, rollout.max_prompt_tokens, rollout.sampling.max_tokens, stop)
         self.train_step = TrainStep(
-            PolicyObjective(decoder, self.algorithm.loss), decoder.trainable_params(), config.optimizer
+            PolicyObjective(decoder, self.algorithm.loss), self.policy.trainable, config.optimizer
         )
         self.scorer: Scorer | None = None  # of the reference policy, where there is a KL to it
         self.rollouts: list[Rollout] = []
@@ -220,40 +218,34 @@ class OnlineTrainer(Trainer):
     def prepare(self, log: RunLog) -> None:
         if self.config.warmup.steps:
             self._warm_up(log)
-        if self.algorithm.kl_coef and not self.config.model.reference:
-            if self.config.warmup.steps or not self.config.model.path:
-                self.save_checkpoint()  # step 0: a resumed run takes the reference from it
-            self._use_reference(self.policy.decoder.weights)
-        elif self.algorithm.kl_coef:
-            self._open_reference()
+        if self.algorithm.kl_coef:
+            self.scorer = self.reference_scorer(fresh=True, temperature=self.algorithm.loss.temperature)
+
+    @property
+    def starts_at_path(self) -> bool:
+        return super().starts_at_path and not self.config.warmup.steps
 
     def _warm_up(self, log: RunLog) -> None:
-        config, row_tokens = self.config.warmup, self.row_tokens
-        if not config.train:
+        warmup, config = self.config.warmup, self.config
+        if not warmup.train:
             raise UserError("warmup.train: no file is named; set it, or warmup.steps=0")
-        decoder = self.policy.decoder
-        limit = decoder.config.max_positions
-        conversations = read_conversations(config.train, self.config.data, self.tokenizer, limit, Path())
-        trainer = SupervisedTrainer(decoder, conversations, self.config.optimizer, self.config.seed)
-        steps = trainer.train(
-            config.steps, config.batch_size, config.learning_rate, config.warmup_steps, self.config.trainer.rows,
-            row_tokens,
-        )  # fmt: skip
-        with Progress(config.steps, 0, "warm-up", self.config.logging.progress) as progress:
-            for number, metrics in enumerate(steps, 1):
-                named = {f"warmup/{name}": value for name, value in metrics.items()}
+        training = TrainingConfig(warmup.batch_size, warmup.learning_rate, "cosine", warmup.warmup_steps)
+        trainer = SFTTrainer(
+            SFTConfig(
+                seed=config.seed,
+                data=replace(config.data, train=warmup.train, test=[]),
+                training=training,
+                optimizer=config.optimizer,
+                trainer=TrainerConfig(steps=warmup.steps, rows=config.trainer.rows),
+            ),
+            self.policy,
+        )
+        with Progress(warmup.steps, 0, "warm-up", config.logging.progress) as progress:
+            for number in range(1, warmup.steps + 1):
+                metrics, _ = trainer.run_step()
+                named = {f"warmup/{name}": metrics[name] for name in ("loss", "learning_rate", "gradient_norm")}
                 log.log(0, {"warmup_step": number, **named})
                 progress.update(named)
-
-    def _use_reference(self, weights: Callable[[str], np.ndarray]) -> None:
-        reference = Decoder(self.policy.decoder.config, weights)
-        self.scorer = Scorer(reference, self.algorithm.loss.temperature)
-
-    def _open_reference(self) -> None:
-        """From model.reference, or the policy as training started: step 0's checkpoint, or model.path."""
-        start = self.checkpoints.path(0)
-        directory = Path(self.config.model.reference or (start if start.is_dir() else self.config.model.path))
-        self._use_reference(checkpoint_weights(directory, self.policy.decoder.config))
 
     def evaluate(self) -> dict[str, float]:
         """Greedy answers to the held-out problems: the mean of every reward part."""
@@ -281,7 +273,7 @@ class OnlineTrainer(Trainer):
     def load_state(self, state: dict[str, Any]) -> None:
         self.order.load_state(state["order"])
         if self.algorithm.kl_coef:
-            self._open_reference()
+            self.scorer = self.reference_scorer(fresh=False, temperature=self.algorithm.loss.temperature)
 
     @property
     def row_tokens(self) -> int:

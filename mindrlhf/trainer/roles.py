@@ -1,37 +1,71 @@
 """The models of a job, opened from checkpoints or built from nothing."""
 
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.config import BuildConfig, ModelConfig
+from mindspore import Parameter
+
+from mindrlhf.config import BuildConfig, LoraConfig, ModelConfig
 from mindrlhf.data.tokenizers import build_tokenizer, load_tokenizer, stop_ids
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.decoder import Decoder, Weights, random_weights
-from mindrlhf.models.hf import Source, check_names, expected_shapes, read_generation_config, read_tensors
-from mindrlhf.utils.checkpoint import write_model
+from mindrlhf.models.hf import Source, check_names, expected_shapes
+from mindrlhf.models.lora import Lora, check_layers, random_adapter
+from mindrlhf.models.model_directory import ModelDirectory, tensors_of
+from mindrlhf.models.peft import is_adapter, read_adapter, write_adapter
+from mindrlhf.utils.checkpoint import write_json, write_model
 
 
 @dataclass
 class Policy:
-    """A decoder with its tokenizer: what a Hugging Face checkpoint directory holds."""
+    """A decoder with its tokenizer: what a Hugging Face checkpoint directory holds, or a PEFT adapter's."""
 
     decoder: Decoder
     tokenizer: Any
     generation_config: dict[str, Any]
+    train_layers: Sequence[int] = ()  # empty: all
+    base: str = ""  # the checkpoint directory that adapters belong to
+
+    @property
+    def trainable(self) -> list[Parameter]:
+        return self.decoder.trainable(self.train_layers)
 
     def write(self, directory: Path, shard_bytes: float = 5e9) -> None:
-        """As a Hugging Face checkpoint directory."""
-        config = self.decoder.config
-        write_model(directory, config, self.sources(), self.tokenizer, self.generation_config, shard_bytes)
+        """As a Hugging Face checkpoint directory, or as a PEFT adapter where the decoder has adapters."""
+        decoder, config = self.decoder, self.decoder.config
+        if not decoder.lora:
+            write_model(directory, config, self.sources(), self.tokenizer, self.generation_config, shard_bytes)
+            return
+        score = config.head == "score"
+        write_adapter(directory, decoder.lora, self.base, decoder.adapter_tensors(), score)
+        if score:  # PEFT's file has no place for the statistics of the scores
+            write_json(directory / "config.json", config.to_hf())
+        write_json(directory / "generation_config.json", self.generation_config)
+        self.tokenizer.save_pretrained(str(directory))
+
+    def load(self, directory: Path) -> None:
+        """The weights that `write` wrote, in place. Raises UserError."""
+        decoder = self.decoder
+        if decoder.lora:
+            decoder.load_adapter(read_adapter(directory, decoder.config).tensors.__getitem__)
+        else:
+            decoder.load(checkpoint_weights(directory, decoder.config))
 
     def stop_ids(self, stop: list[str]) -> tuple[int, ...]:
         """Tokens that end an answer: the checkpoint's own and the strings of a sampling config."""
+        return stop_ids(self.tokenizer, self._ends(), stop)
+
+    def add_stop_ids(self, ids: Sequence[int]) -> None:
+        """More tokens that end an answer, for whoever generates with what is written."""
+        self.generation_config["eos_token_id"] = list(dict.fromkeys([*self._ends(), *ids]))
+
+    def _ends(self) -> list[int]:
         end = self.generation_config.get("eos_token_id")
-        return stop_ids(self.tokenizer, [end] if isinstance(end, int) else end, stop)
+        return [end] if isinstance(end, int) else end or []
 
     def sources(self) -> Iterator[Source]:
         for name, shape in expected_shapes(self.decoder.config).items():
@@ -39,34 +73,70 @@ class Policy:
 
 
 def checkpoint_weights(directory: Path, config: DecoderConfig) -> Weights:
-    """The tensors of a checkpoint by name, all names and shapes checked first."""
-    tensors = read_tensors(directory)
-    check_names(config, tensors.shapes, directory)
-    return tensors.__getitem__
+    """The weights in a checkpoint's or an adapter's directory for a decoder of that config, adapters merged.
+
+    All names and shapes are checked first. Raises UserError.
+    """
+    if not is_adapter(directory):
+        return tensors_of(directory, config)
+    found = ModelDirectory.read(directory).with_head(config.head)
+    check_names(config, expected_shapes(found.config), directory)
+    return found.merged()
 
 
-def open_checkpoint(directory: str | Path, tokenizer: str = "") -> Policy:
-    """A Hugging Face checkpoint directory; the tokenizer from another directory where one is given."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such checkpoint directory; download the model there or correct model.path")
-    config = DecoderConfig.read(directory)
-    loaded = load_tokenizer(tokenizer or directory)
-    check_vocabulary(loaded, config, directory)
-    decoder = Decoder(config, checkpoint_weights(directory, config))
-    return Policy(decoder, loaded, read_generation_config(directory))
+def open_checkpoint(
+    directory: str | Path,
+    tokenizer: str = "",
+    head: str | None = None,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+) -> Policy:
+    """A checkpoint's or an adapter's directory; the tokenizer from another directory where one is given.
+
+    head: "logits", "score", or None for what the checkpoint has. A language model can be given a score head, of
+    zeros; a reward model has lost its logits. lora: new adapters where its rank is over 0, their first values from
+    seed; an adapter's directory brings its own, ready to be trained on. Raises UserError.
+    """
+    found = ModelDirectory.read(directory)
+    loaded = load_tokenizer(tokenizer or found.tokenizer)
+    check_vocabulary(loaded, found.config, directory)
+    found = found.with_head(head or found.config.head)
+    config, saved = found.config, found.adapter
+    if saved:
+        if lora and lora.rank not in (0, saved.lora.rank):
+            raise UserError(
+                f"model.lora.rank: {lora.rank}, but {directory} holds an adapter of rank {saved.lora.rank}; set 0 "
+                "to go on with that, or merge it first (mindrlhf merge-lora)"
+            )
+        settings, adapter = saved.lora, saved.tensors.__getitem__
+    else:
+        settings = Lora.of(lora, config) if lora else None
+        adapter = random_adapter(settings, config, seed) if settings else None
+    decoder = Decoder(config, found.weights, lora=settings, adapter=adapter)
+    return Policy(decoder, loaded, found.generation_config(), base=str(found.base.resolve()))
 
 
-def open_policy(model: ModelConfig, seed: int) -> Policy:
-    """The policy that a config names: `path`, or else `build`."""
+def open_policy(model: ModelConfig, seed: int, head: str = "logits") -> Policy:
+    """The policy that a config names: `path`, or else `build`; with adapters or chosen layers where it asks for them.
+
+    Raises UserError.
+    """
     if model.path:
-        return open_checkpoint(model.path, model.tokenizer)
-    if not model.build.decoder:
+        policy = open_checkpoint(model.path, model.tokenizer, head, model.lora, seed)
+    elif model.lora.rank:
+        raise UserError("model.lora: needs model.path: an adapter names the checkpoint it belongs to; save one first")
+    elif not model.build.decoder:
         raise UserError("model: set model.path to a checkpoint directory, or model.build to make a new model")
-    return build(model.build, seed)
+    else:
+        policy = build(model.build, seed, head)
+    if model.train_layers and policy.decoder.lora:
+        raise UserError("model.train_layers: with adapters no layers are trained; remove it and set model.lora.layers")
+    check_layers(model.train_layers, policy.decoder.config, "model.train_layers")
+    policy.train_layers = model.train_layers
+    return policy
 
 
-def build(config: BuildConfig, seed: int) -> Policy:
+def build(config: BuildConfig, seed: int, head: str = "logits") -> Policy:
     """Random weights and a tokenizer trained on the given files."""
     if not config.tokenizer_files:
         raise UserError("model.build.tokenizer_files: name at least one file of text for the tokenizer to learn from")
@@ -76,6 +146,7 @@ def build(config: BuildConfig, seed: int) -> Policy:
     decoder_config = DecoderConfig.from_yaml(
         {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, **config.decoder}, config.vocab_size
     )
+    decoder_config = replace(decoder_config, head=head)
     generation_config = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return Policy(Decoder(decoder_config, random_weights(decoder_config, seed)), tokenizer, generation_config)
 

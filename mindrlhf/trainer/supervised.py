@@ -1,46 +1,83 @@
-"""Supervised training on conversations."""
+"""Training per token: SFT and process reward models; distillation is in distillation.py."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from mindspore import nn
 
 from mindrlhf.advantages import loss_weights
-from mindrlhf.config import OptimizerConfig
+from mindrlhf.config import PRMConfig, SFTConfig, SourceConfig
+from mindrlhf.data.conversations import read_conversations
+from mindrlhf.data.examples import Examples
+from mindrlhf.data.judged_steps import read_judged_steps, step_token_ids
 from mindrlhf.data.packing import Packing
-from mindrlhf.data.prompts import PromptOrder
-from mindrlhf.models.decoder import Decoder
-from mindrlhf.schedules import learning_rate
-from mindrlhf.types import Conversation, SupervisedBatch
-from mindrlhf.wrapper.objectives import SupervisedObjective
-from mindrlhf.wrapper.train_step import TrainStep
+from mindrlhf.trainer.offline import OfflineTrainer
+from mindrlhf.types import Conversation, JudgedSteps, StepRewardBatch, SupervisedBatch
+from mindrlhf.wrapper.objectives import StepRewardObjective, SupervisedObjective
 
 
-def supervised_batches(conversations: Sequence[Conversation], rows: int, row_tokens: int) -> list[SupervisedBatch]:
-    """One optimizer step: packed, with the token mean over all of it as weights."""
-    packing = Packing.of([c.ids for c in conversations], [c.trained for c in conversations], rows, row_tokens)
-    counts = [int(conversation.trained.sum()) for conversation in conversations]
-    weights = loss_weights(counts, "token_mean", max(counts))
-    spread = packing.spread([np.full(n, w, np.float32) for n, w in zip(counts, weights, strict=True)])
-    return [SupervisedBatch(*rows, loss_weight=w) for rows, w in zip(packing.batches, spread, strict=True)]
+class SupervisedTrainer(OfflineTrainer):
+    """A loss at every target token, as the token mean over each optimizer step."""
+
+    shift = 1  # 1: a token is predicted at the one before it; 0: judged where it stands
+    batch_type: type = SupervisedBatch
+
+    def sequences(self, example: Any) -> list[Conversation]:
+        return [example]
+
+    def batches(self, split: str, numbers: Sequence[int]) -> list[tuple]:
+        return self.supervised_batches([self.examples[split].items[number] for number in numbers])
+
+    def supervised_batches(self, examples: Sequence[Any]) -> list[tuple]:
+        sequences = [sequence for example in examples for sequence in self.sequences(example)]
+        packing = self.pack(sequences, shift=self.shift)
+        counts = [int(sequence.trained.sum()) for sequence in sequences]
+        weights = loss_weights(counts, "token_mean", max(counts))
+        spread = packing.spread([np.full(n, w, np.float32) for n, w in zip(counts, weights, strict=True)])
+        targets = self.targets(packing, examples)
+        return [
+            self.batch_type(*rows, weight, *target)
+            for rows, weight, target in zip(packing.batches, spread, targets, strict=True)
+        ]
+
+    def targets(self, packing: Packing, examples: Sequence[Any]) -> list[tuple[np.ndarray, ...]]:
+        """What the batch type has beside labels and weights, a tuple a micro-batch."""
+        return [()] * len(packing.batches)
 
 
-class SupervisedTrainer:
-    """Minimises the negative log-likelihood of the trained tokens, a token mean over each optimizer step."""
+class SFTTrainer(SupervisedTrainer):
+    """Supervised fine-tuning: the answers' negative log-likelihood. SFTTrainer(SFTConfig()).fit()"""
 
-    def __init__(self, decoder: Decoder, conversations: Sequence[Conversation], optimizer: OptimizerConfig, seed: int):
-        self.conversations = conversations
-        self.train_step = TrainStep(SupervisedObjective(decoder), decoder.trainable_params(), optimizer)
-        self.order = PromptOrder([len(conversations)], [1.0], seed)
+    config: SFTConfig
 
-    def train(
-        self, steps: int, batch_size: int, peak: float, warmup_steps: int, rows: int, row_tokens: int
-    ) -> Iterator[dict[str, float]]:
-        """`steps` optimizer steps, yielding the metrics of each; cosine schedule to a tenth of the peak."""
-        longest = max(len(conversation.ids) for conversation in self.conversations)
-        row_tokens = max(row_tokens, math.ceil(longest / 8) * 8)
-        for step in range(steps):
-            chosen = [self.conversations[i] for i in self.order.take(batch_size)]
-            rate = learning_rate(step, steps, peak, "cosine", warmup_steps, 0.1)
-            result = self.train_step(supervised_batches(chosen, rows, row_tokens), rate)
-            yield {"loss": result.loss, "learning_rate": rate, "gradient_norm": result.gradient_norm}
+    def read(self, sources: list[SourceConfig]) -> Examples[Conversation]:
+        examples = read_conversations(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
+        self.policy.add_stop_ids(examples.stop_ids)
+        return examples
+
+    def make_objective(self) -> nn.Cell:
+        return SupervisedObjective(self.policy.decoder)
+
+
+class PRMTrainer(SupervisedTrainer):
+    """A process reward model: which of the reward tokens follows each step. Math-Shepherd, arXiv 2312.08935."""
+
+    config: PRMConfig
+    shift, unit, batch_type = 0, "steps", StepRewardBatch
+
+    def read(self, sources: list[SourceConfig]) -> Examples[JudgedSteps]:
+        config, tokenizer = self.config, self.policy.tokenizer
+        return read_judged_steps(sources, config.data, tokenizer, self.max_tokens, Path(), config.steps)
+
+    def sequences(self, example: JudgedSteps) -> list[Conversation]:
+        return [Conversation(example.ids, example.judged)]
+
+    def make_objective(self) -> nn.Cell:
+        _, reward_tokens = step_token_ids(self.policy.tokenizer, self.config.steps)
+        return StepRewardObjective(self.policy.decoder, reward_tokens)
+
+    def targets(self, packing: Packing, examples: Sequence[JudgedSteps]) -> list[tuple[np.ndarray, ...]]:
+        kinds = [packing.spread(list(column)) for column in zip(*(e.probabilities.T for e in examples), strict=True)]
+        return [(np.stack(arrays, axis=1),) for arrays in zip(*kinds, strict=True)]

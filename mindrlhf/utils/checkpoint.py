@@ -93,10 +93,10 @@ class Checkpoints:
         for partial in self.directory.glob(f"{PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
 
-    def read(self, step: int) -> tuple[dict[str, Any], Callable[[str], np.ndarray], Callable[[str], np.ndarray]]:
-        """(state, weights by name, optimizer tensors by name) of a whole checkpoint."""
+    def read(self, step: int) -> tuple[dict[str, Any], Callable[[str], np.ndarray]]:
+        """(state, optimizer tensors by name) of a whole checkpoint."""
         path = self.path(step)
         state = read_json(path / STATE_FILE)
         if not isinstance(state, dict):
             raise UserError(f"{path / STATE_FILE}: not a JSON object; remove {path} to resume from the one before")
-        return state, read_tensors(path).__getitem__, read_tensors(path / OPTIMIZER).__getitem__
+        return state, read_tensors(path / OPTIMIZER).__getitem__

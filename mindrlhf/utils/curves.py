@@ -41,6 +41,33 @@ def plot_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
         left, right = axes.get_xlim()
         if right - left < 1:  # one point: a step to each side, for ticks at whole steps
             axes.set_xlim(left - 1, right + 1)
+    _save(figure, path)
+
+
+def plot_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str) -> None:
+    """Histograms of a reward model's scores of chosen and rejected answers [pairs], and of their differences."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 * PANEL_INCHES[0], PANEL_INCHES[1] + 0.35), dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}: {len(chosen)} pairs", fontsize=12)
+    both = np.concatenate([chosen, rejected])
+    edges = np.linspace(both.min(), max(both.max(), both.min() + 1e-6), 31)
+    left, right = figure.subplots(1, 2)
+    left.hist(chosen, edges, color=THICK, alpha=0.7, label="chosen")
+    left.hist(rejected, edges, color=PARTS[0], alpha=0.7, label="rejected")
+    left.legend(fontsize=8, frameon=False)
+    _label(left, "Scores", "score", "answers")
+    difference = chosen - rejected
+    right.hist(difference, 31, color=THICK, alpha=0.7)
+    right.axvline(0.0, color="#444444", linewidth=1.0)
+    ahead = 100 * float(np.mean(np.where(difference == 0, 0.5, difference > 0)))
+    _label(right, f"Chosen minus rejected: {ahead:.1f}% right", "difference", "pairs")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     temporary = path.with_name(".partial-" + path.name)
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
@@ -51,8 +78,13 @@ def _panels(metrics: list[dict[str, Any]]) -> list[Callable[[Any], None]]:
     online = [line for line in metrics if "warmup_step" not in line]
     warmup = [line for line in metrics if "warmup_step" in line]
     reward = [name for name in _names(online) if name.startswith("reward/") and name != "reward/total"]
+    offline = online if not _series(online, "step", "reward/total")[0].size else []  # a policy loss says nothing
+    rewards = ["rewards_chosen", "rewards_rejected", "rewards_desirable", "rewards_undesirable"]
     candidates = (
+        (_held_out(offline, "loss", "Loss", "nats"), ["loss", "eval/loss"], offline),
         (_accuracy(_series(online, "step", "eval/accuracy")), ["eval/accuracy"], online),
+        (_implicit_rewards(offline, rewards), rewards, offline),
+        (_held_out(offline, "teacher_kl", "KL from the teacher", "nats per token"), ["teacher_kl"], offline),
         (_reward(online, reward), ["reward/total", *reward], online),
         (_curve(online, "kl", "KL to the reference", "nats per token"), ["kl"], online),
         (_curve(online, "entropy", "Entropy", "nats per token"), ["entropy"], online),
@@ -100,6 +132,36 @@ def _curve(lines: list[dict[str, Any]], name: str, title: str, unit: str) -> Cal
     def draw(axes: Any) -> None:
         _draw_line(axes, *_series(lines, "warmup_step" if warmup else "step", name))
         _label(axes, title, WARMUP_STEPS if warmup else STEPS, unit)
+
+    return draw
+
+
+def _held_out(lines: list[dict[str, Any]], name: str, title: str, unit: str) -> Callable[[Any], None]:
+    """A metric in training, and as dots the same on held-out rows."""
+
+    def draw(axes: Any) -> None:
+        steps, values = _series(lines, "step", name)
+        if len(steps):
+            _draw_line(axes, steps, values, label="training")
+        steps, values = _series(lines, "step", f"eval/{name}")
+        if len(steps):
+            axes.plot(steps, values, color=PARTS[0], linewidth=1.0, marker="o", markersize=4, label="held out")
+        axes.legend(fontsize=8, frameon=False)
+        _label(axes, title, STEPS, unit)
+
+    return draw
+
+
+def _implicit_rewards(lines: list[dict[str, Any]], names: list[str]) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        for name in names:
+            steps, values = _series(lines, "step", name)
+            if len(steps):
+                kind = name.removeprefix("rewards_")
+                colour = THICK if kind in ("chosen", "desirable") else PARTS[0]
+                axes.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=kind)
+        axes.legend(fontsize=8, frameon=False)
+        _label(axes, "Rewards", STEPS, "reward per answer")
 
     return draw
 

@@ -36,6 +36,9 @@ def prepare_environment() -> None:
         "OMP_NUM_THREADS": str(usable_cores()),
         "GLOG_v": "3",  # MindSpore logs errors, not warnings
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # else: "PyTorch was not found" at import
+        # MindSpore needs it and sets it at import, too late where tensorboardX has loaded protobuf before:
+        # "Descriptors cannot be created directly".
+        "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python",
         # MindFormers writes ./output/log at import; one folder a user, so that runs leave nothing to clean up.
         "LOG_MF_PATH": os.path.join(tempfile.gettempdir(), f"mindrlhf-{user}", "mindformers-log"),
     }

@@ -7,7 +7,7 @@ from the decode graph too, fed with the prompt's last token, so every sampled to
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -91,16 +91,23 @@ class Generator:
 
     policy: the decoder that is trained; `sync` copies its weights. slots: answers decoded at the same time.
     max_prompt_tokens and max_tokens: what the caches hold, fixed so that nothing recompiles. stop_ids: tokens that
-    end an answer; they stay in it.
+    end an answer; they stay in it. least_width: prompts are padded to it times a power of two, and every width is
+    compiled once.
     """
 
-    prefill_rows = 8  # prompts a prefill; a constant, so that one graph serves any number of them
-
     def __init__(
-        self, policy: Decoder, slots: int, max_prompt_tokens: int, max_tokens: int, stop_ids: Sequence[int] = ()
+        self,
+        policy: Decoder,
+        slots: int,
+        max_prompt_tokens: int,
+        max_tokens: int,
+        stop_ids: Sequence[int] = (),
+        least_width: int = 8,
     ):
         self.policy, self.slots, self.stop_ids = policy, slots, np.array(sorted(stop_ids), np.int32)
-        self.max_prompt_tokens, self.max_tokens = max_prompt_tokens, max_tokens
+        self.max_prompt_tokens, self.max_tokens, self.least_width = max_prompt_tokens, max_tokens, least_width
+        # Prompts a prefill; fixed, so that one graph serves any number of them.
+        self.prefill_rows = min(8, slots)
         self.insert_rows = max(1, slots // 8)  # slots an insertion: it costs about as much as a decode step
         self.length = math.ceil((max_prompt_tokens + max_tokens) / 64) * 64
         config = policy.config
@@ -134,10 +141,25 @@ class Generator:
         give_back([*self.decoder.get_parameters(), *self._caches])
         self._released = True
 
+    def prompt_width(self, tokens: int) -> int:
+        """Width that prompts of at most so many tokens are padded to: few shapes, few compilations."""
+        width = self.least_width
+        while width < tokens:
+            width *= 2
+        return min(width, self.length)
+
     def generate(
-        self, prompts: Sequence[Prompt], num_generations: int, sampling: SamplingConfig, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: SamplingConfig,
+        seed: int,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
         """num_generations answers to each prompt, in the order of the prompts; group is the prompt's index here.
+
+        on_token: called with (number of the answer in the returned list, token id) as soon as a token is known. What
+        it raises ends the call; the generator stays fit for the next one, and so it does after Ctrl-C.
 
         Raises UserError for a prompt over max_prompt_tokens and for sampling parameters out of range.
         """
@@ -151,7 +173,7 @@ class Generator:
                     f"prompt {prompt.key} has {len(prompt.ids)} tokens; the window takes 1 to {self.max_prompt_tokens} "
                     "(rollout.max_prompt_tokens)"
                 )
-        return _Call(self, prompts, num_generations, sampling, seed).run()
+        return _Call(self, prompts, num_generations, sampling, seed, on_token).run()
 
     def _decode_cell(self, sampling: SamplingConfig) -> _Decode:
         features = () if sampling.repetition_penalty == 1 else ("penalty",)
@@ -168,9 +190,11 @@ class Generator:
 class _Call:
     """The state of one `generate`: which slot answers what, and what it has said so far."""
 
-    def __init__(self, generator: Generator, prompts, num_generations: int, sampling: SamplingConfig, seed: int):
+    def __init__(
+        self, generator: Generator, prompts, num_generations: int, sampling: SamplingConfig, seed: int, on_token
+    ):
         self.generator, self.prompts, self.sampling, self.seed = generator, prompts, sampling, seed
-        self.num_generations = num_generations
+        self.num_generations, self.on_token = num_generations, on_token
         slots, vocabulary = generator.slots, generator.policy.config.vocab_size
         self.cell = generator._decode_cell(sampling)
         self.waiting_prompts = deque(range(len(prompts)))
@@ -185,7 +209,7 @@ class _Call:
         self.logprob = np.zeros((slots, sampling.max_tokens), np.float32)
         self.seen = np.zeros((slots, vocabulary) if "penalty" in self.cell.features else (1, 1), np.float32)
         self.done: dict[tuple[int, int], Rollout] = {}
-        self.prompt_bucket = _bucket(max((len(prompt.ids) for prompt in prompts), default=1), generator.length)
+        self.width = generator.prompt_width(max((len(prompt.ids) for prompt in prompts), default=1))
         self.scalars = [
             Tensor(value, dtype)
             for value, dtype in (
@@ -218,7 +242,7 @@ class _Call:
 
     def _prefill(self) -> None:
         """The next prompts, but for their last token, which the first decode step feeds."""
-        rows, width = self.generator.prefill_rows, self.prompt_bucket
+        rows, width = self.generator.prefill_rows, self.width
         taken = [self.waiting_prompts.popleft() for _ in range(min(rows, len(self.waiting_prompts)))]
         tokens, segments = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
         for row, index in enumerate(taken):
@@ -230,7 +254,7 @@ class _Call:
         self.generator.prefilled += len(taken)
 
     def _insert(self, slots: list[int], tasks: list[_Task]) -> None:
-        generator, width = self.generator, self.prompt_bucket
+        generator, width = self.generator, self.width
         kv_heads = generator.policy.config.num_kv_heads
         # A graph of fixed shape: the last insertion repeated, which writes the same again.
         padding = generator.insert_rows - len(slots)
@@ -263,6 +287,9 @@ class _Call:
         self.length[rows] += 1
         if "penalty" in self.cell.features:
             self.seen[rows, token[rows]] = 1
+        if self.on_token:
+            for task, known in zip((self.task[row] for row in rows), token[rows].tolist(), strict=True):
+                self.on_token(task.prompt * self.num_generations + task.sample, known)
         stopped = np.isin(token, self.generator.stop_ids)
         for slot in np.flatnonzero(active & (stopped | (self.length >= self.sampling.max_tokens))):
             self._finish(slot, bool(stopped[slot]))
@@ -278,8 +305,3 @@ class _Call:
         )
         self.task[slot] = None
         self.token[slot] = self.position[slot] = 0
-
-
-def _bucket(length: int, most: int) -> int:
-    """The next power of two, at least 8: few shapes, few compilations."""
-    return min(max(8, 1 << (length - 1).bit_length()), most)

@@ -44,3 +44,22 @@ class Scorer(nn.Cell):
             logprobs, _ = self(*(Tensor(array) for array in inputs))
             scored.append(logprobs.asnumpy() * batch.mask)
         return scored
+
+
+class ScoreHead(nn.Cell):
+    """A reward model's scores [N] at the target positions of a micro-batch of packed rows."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+
+    def construct(self, tokens, positions, segments, index):
+        return self.decoder.scores(ops.gather(self.decoder(tokens, positions, segments), index, 0))
+
+    def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
+        """Scores [N] float32 of each micro-batch; 0 on padding."""
+        scored = []
+        for batch in batches:
+            scores = self(*(Tensor(array) for array in (batch.tokens, batch.positions, batch.segments, batch.index)))
+            scored.append(scores.asnumpy() * batch.mask)
+        return scored

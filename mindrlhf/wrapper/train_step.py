@@ -1,6 +1,6 @@
 """One optimizer step: gradients over micro-batches, global-norm clip, AdamW; what is not finite is skipped, named."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import mindspore as ms
@@ -34,7 +34,19 @@ class _Accumulate(nn.Cell):
         (loss, metrics), gradients = self.gradient(*batch)
         for i in range(len(self.buffers)):
             loss = ops.depend(loss, ops.assign_add(self.buffers[i], gradients[i]))
-        return loss, metrics
+        return loss, tuple(metrics.keys()), tuple(metrics.values())
+
+
+class _Evaluate(nn.Cell):
+    """An objective alone. As the output of a graph, a dict falls back to the Python interpreter, which fails."""
+
+    def __init__(self, objective: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.objective = objective
+
+    def construct(self, *batch):
+        loss, metrics = self.objective(*batch)
+        return loss, tuple(metrics.keys()), tuple(metrics.values())
 
 
 class _SquaredNorms(nn.Cell):
@@ -86,14 +98,23 @@ class TrainStep:
     AdamW is Loshchilov and Hutter 2019 (arXiv 1711.05101) as torch computes it, decay on matrices only.
     """
 
-    def __init__(self, objective: nn.Cell, parameters: Sequence[Parameter], optimizer: OptimizerConfig):
+    def __init__(
+        self,
+        objective: nn.Cell,
+        parameters: Sequence[Parameter],
+        optimizer: OptimizerConfig,
+        set_dropout: Callable[[int], None] | None = None,
+    ):
+        """set_dropout: called with another seed before each micro-batch, and with 0, which is off, behind the last."""
         self.optimizer = optimizer
+        self.set_dropout = set_dropout
         self.parameters = ms.ParameterTuple(parameters)
         self.names = [parameter.name for parameter in parameters]
         self._buffers = self.parameters.clone(prefix="gradient", init="zeros")
         self._first = self.parameters.clone(prefix="first_moment", init="zeros")
         self._second = self.parameters.clone(prefix="second_moment", init="zeros")
         self._accumulate = _Accumulate(objective, self.parameters, self._buffers)
+        self._evaluate = _Evaluate(objective)
         self._squared_norms = _SquaredNorms(self._buffers)
         decayed = [len(parameter.shape) > 1 for parameter in parameters]
         betas = (optimizer.beta1, optimizer.beta2)
@@ -103,14 +124,7 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[NamedTuple], learning_rate: float) -> StepResult:
         """One optimizer step over the micro-batches."""
-        loss, metrics = 0.0, {}
-        for batch in batches:
-            micro_loss, sums = self._accumulate(*(Tensor(array) for array in batch))
-            loss += float(micro_loss.asnumpy())
-            for name, value in sums.items():
-                value = float(value.asnumpy())
-                known = metrics.get(name, value if name.endswith("_max") else 0.0)
-                metrics[name] = max(known, value) if name.endswith("_max") else known + value
+        loss, metrics = self._run(self._accumulate, batches)
         norms = np.sqrt(self._squared_norms().asnumpy().astype(np.float64))
         norm = float(np.sqrt(np.sum(norms**2)))
         if not (np.isfinite(norm) and np.isfinite(loss)):
@@ -122,6 +136,25 @@ class TrainStep:
         limit = self.optimizer.max_grad_norm
         self._apply(learning_rate, min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0)
         return StepResult(loss, metrics, norm, "")
+
+    def evaluate(self, batches: Sequence[NamedTuple]) -> tuple[float, dict[str, float]]:
+        """Loss and metric sums over the micro-batches, without dropout and without training."""
+        return self._run(self._evaluate, batches, dropout=False)
+
+    def _run(self, cell: nn.Cell, batches: Sequence[NamedTuple], dropout: bool = True):
+        loss, metrics = 0.0, {}
+        for number, batch in enumerate(batches):
+            if self.set_dropout and dropout:
+                self.set_dropout(1 + (self.updates * len(batches) + number) % (2**31 - 2))
+            micro_loss, names, sums = cell(*(Tensor(array) for array in batch))
+            loss += float(micro_loss.asnumpy())
+            for name, value in zip(names, sums, strict=True):
+                value = float(value.asnumpy())
+                known = metrics.get(name, value if name.endswith("_max") else 0.0)
+                metrics[name] = max(known, value) if name.endswith("_max") else known + value
+        if self.set_dropout and dropout:
+            self.set_dropout(0)
+        return loss, metrics
 
     def _apply(self, learning_rate: float, scale: float) -> None:
         """AdamWeightDecay has no bias correction: it is folded into its learning rate, epsilon and decay."""

@@ -159,3 +159,43 @@ def test_sequences_that_cannot_be_packed():
     with pytest.raises(AssertionError, match="first token"):
         Packing.of(sequences, [np.ones(5, bool)], rows=2, row_tokens=8)
     assert Packing.of([], [], rows=2, row_tokens=8).batches == []
+
+
+def test_pairs_share_a_row_and_have_neighbouring_numbers():
+    shapes = random_shapes(20)
+    sequences, targets = make(shapes)
+    packing = Packing.of(sequences, targets, rows=2, row_tokens=64, together=2)
+    assert len(packing.batches) > 1
+    for pair in range(10):
+        (batch, chosen), (same, rejected) = packing.slots[2 * pair], packing.slots[2 * pair + 1]
+        rows = packing.batches[batch]
+        assert batch == same
+        assert rows.index[chosen.start] // 64 == rows.index[rejected.start] // 64
+        number = rows.sequence[chosen.start]
+        assert number % 2 == 0 and rows.sequence[rejected.start] == number + 1
+        assert len(rows.labels) % 2 == 0, "the [N] numbers of sequences are taken in pairs"
+
+
+def test_a_pair_that_no_row_holds():
+    sequences, targets = make([(2, 3), (2, 3)])
+    with pytest.raises(ValueError, match="sequence 0 has 10 tokens; a row holds 1 to 8"):
+        Packing.of(sequences, targets, rows=2, row_tokens=8, together=2)
+
+
+def test_without_a_shift_the_model_is_read_at_the_token():
+    sequences = [np.array([7, 8, 9], np.int32), np.array([5], np.int32)]
+    targets = [np.array([False, False, True]), np.array([True])]
+    (batch,) = Packing.of(sequences, targets, rows=1, row_tokens=8, shift=0).batches
+    assert batch.tokens.reshape(-1)[batch.index[:2]].tolist() == [9, 5]
+    assert batch.labels[:2].tolist() == [9, 5]
+
+
+def test_numbers_of_sequences():
+    sequences, targets = make([(3, 4), (2, 9), (1, 1)])
+    packing = Packing.of(sequences, targets, rows=1, row_tokens=12)
+    arrays = packing.by_sequence([1.5, 2.5, 3.5])
+    for (batch, place), value in zip(packing.slots, [1.5, 2.5, 3.5], strict=True):
+        number = packing.batches[batch].sequence[place.start]
+        assert arrays[batch][number] == value
+        arrays[batch][number] = 0.0
+    assert not any(array.any() for array in arrays)

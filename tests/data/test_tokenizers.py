@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from mindrlhf.data.tokenizers import build_tokenizer, encode, load_tokenizer, stop_ids
+from mindrlhf.data.tokenizers import TextStream, build_tokenizer, encode, load_tokenizer, stop_ids
 from mindrlhf.errors import UserError
 
 FILES = ["merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
@@ -115,9 +115,7 @@ def test_encode(tokenizer):
 def test_stop_ids_are_all_of_them_once(tokenizer):
     assert stop_ids(tokenizer, None, []) == (257,)
     assert stop_ids(tokenizer, [259, 257], ["\n", "<|im_end|>"]) == (257, 259, 198)
-    with pytest.raises(
-        UserError, match=r"rollout.sampling.stop: '12' is 2 tokens in this tokenizer, a stop is exactly"
-    ):
+    with pytest.raises(UserError, match=r"^sampling.stop: '12' is 2 tokens in this tokenizer, a stop is exactly"):
         stop_ids(tokenizer, None, ["\n", "12"])
 
 
@@ -134,3 +132,56 @@ def test_importing_is_light_and_loading_prints_nothing(tokenizer_directory):
     command = [sys.executable, "-c", script, str(tokenizer_directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def streamed(tokenizer, ids):
+    """The pieces, one a token and the last one of `finish`."""
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in ids] + [stream.finish()]
+    assert stream.text == "".join(pieces)
+    return pieces
+
+
+def test_a_stream_holds_back_what_is_not_a_character_yet(tokenizer):
+    ids = encoded(tokenizer, "ab \U0001f600\u4f60!")  # four tokens a face, three a Chinese character
+    assert streamed(tokenizer, ids) == ["ab", " ", "", "", "", "\U0001f600", "", "", "\u4f60", "!", ""]
+
+
+def test_a_stream_cut_in_a_character(tokenizer):
+    face = encoded(tokenizer, "\U0001f600")
+    assert streamed(tokenizer, [256, *face[:2]]) == ["ab", "", "", "\ufffd"]
+    # The next token shows that nothing will mend it.
+    assert streamed(tokenizer, [face[0], 256]) == ["", "\ufffdab", ""]
+    assert streamed(tokenizer, []) == [""]
+
+
+def test_special_tokens_are_left_out_of_a_stream(tokenizer):
+    assert streamed(tokenizer, [258, 256, 259, 220, 256, 257]) == ["", "ab", "", " ", "ab", "", ""]
+
+
+def test_a_stream_of_any_tokens_is_their_text(tokenizer):
+    random = np.random.default_rng(0)
+    for ids in (random.integers(0, 260, 80).tolist(), *(encoded(tokenizer, text) for text in TEXTS)):
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_stream_keeps_the_spaces_of_sentencepiece():
+    """Its decoder drops the space before the first word of whatever it decodes; bytes are tokens of their own."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["\u2581Hello", "\u2581world", "ly", "\u2581", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<s>"]
+    model = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], byte_fallback=True))
+    model.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>")
+    ids = [8, 0, 1, 2, 3, 1, 4, 5, 6, 7, 2]
+    pieces = ["", "Hello", " world", "ly", " ", " world", "", "", "", "\U0001f600", "ly", ""]
+    assert streamed(tokenizer, ids) == pieces
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)

@@ -33,3 +33,22 @@ class NextTokenLoss(nn.Cell):
     def construct(self, tokens, positions, segments, index, labels):
         logprobs, _ = target_logprobs(self.decoder, tokens, positions, segments, index, labels, 1.0, False)
         return ops.neg(logprobs.mean())
+
+
+class Scores(nn.Cell):
+    """A reward model's scores at the given positions."""
+
+    def __init__(self, decoder):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+
+    def construct(self, tokens, positions, segments, index):
+        return self.decoder.scores(ops.gather(self.decoder(tokens, positions, segments), index, 0))
+
+
+class PairLoss(Scores):
+    """-log sigmoid of the first score minus the second."""
+
+    def construct(self, tokens, positions, segments, index):
+        scores = self.decoder.scores(ops.gather(self.decoder(tokens, positions, segments), index, 0))
+        return -ops.logsigmoid(scores[0] - scores[1])

@@ -32,7 +32,7 @@ LLAMA3_ROPE = {
 
 
 def test_the_fixtures_are_there():
-    assert len(MODELS) == 5
+    assert len(MODELS) == 6
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -135,6 +135,25 @@ def test_refused(changes, message):
     assert str(caught.value).startswith("some/config.json: ")
     assert str(caught.value).count("some/config.json") == 1
     assert "\n" not in str(caught.value)
+
+
+def test_reward_models():
+    score = {**QWEN2, "architectures": ["Qwen2ForSequenceClassification"]}
+    config = DecoderConfig.from_hf({**score, "id2label": {"0": "LABEL_0"}, "score_mean": -1.5, "score_std": 2})
+    assert (config.head, config.score_mean, config.score_std) == ("score", -1.5, 2.0)
+    assert DecoderConfig.from_hf({**score, "num_labels": 1}).head == "score"
+    assert DecoderConfig.from_hf({**QWEN2, "architectures": ["Qwen2ForCausalLM"], "num_labels": 3}).head == "logits"
+    written = config.to_hf()
+    assert written["architectures"] == ["Qwen2ForSequenceClassification"]
+    assert (written["id2label"], written["label2id"]) == ({"0": "LABEL_0"}, {"LABEL_0": 0})
+    assert written["pad_token_id"] is None
+    assert DecoderConfig.from_hf(written) == config
+    assert "score_mean" not in DecoderConfig.from_hf(QWEN2).to_hf()
+    for labels in ({}, {"num_labels": 2}, {"id2label": {"0": "a", "1": "b"}}):
+        with pytest.raises(UserError, match="x.json: Qwen2ForSequenceClassification with 2 labels is not supported"):
+            DecoderConfig.from_hf({**score, **labels}, "x.json")
+    with pytest.raises(UserError, match="score_std 0.0 over 0"):
+        DecoderConfig.from_hf({**score, "num_labels": 1, "score_std": 0})
 
 
 def test_a_sliding_window_that_is_not_in_use():

@@ -60,6 +60,46 @@ def test_gradients_are_those_of_transformers(mindspore, name):
         np.testing.assert_allclose(value.asnumpy(), expected[f"grad/{one}"], atol=1e-5, err_msg=one)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_scores_are_those_of_transformers(mindspore, transposed):
+    from tests.models.cells import Scores
+
+    decoder, expected = _open("qwen2_score", transposed)
+    rows = [mindspore.Tensor(array) for array in _rows(expected["ids"])]
+    last = mindspore.Tensor(np.array([11, 23], np.int32))
+    np.testing.assert_allclose(Scores(decoder)(*rows, last).asnumpy(), expected["scores"], atol=1e-5)
+    assert "lm_head.weight" not in decoder.by_name
+
+
+def test_gradients_of_a_pair_of_scores_are_those_of_transformers(mindspore):
+    from tests.models.cells import PairLoss
+
+    decoder, expected = _open("qwen2_score")
+    rows = [mindspore.Tensor(array) for array in _rows(expected["ids"])]
+    wanted = [key.removeprefix("grad/") for key in expected.files if key.startswith("grad/")]
+    assert "score.weight" in wanted
+    gradient = mindspore.value_and_grad(PairLoss(decoder), None, [decoder.by_name[name] for name in wanted])
+    loss, gradients = gradient(*rows, mindspore.Tensor(np.array([11, 23], np.int32)))
+    assert float(loss.asnumpy()) == pytest.approx(float(expected["loss"]), abs=1e-5)
+    for one, value in zip(wanted, gradients, strict=True):
+        np.testing.assert_allclose(value.asnumpy(), expected[f"grad/{one}"], atol=1e-5, err_msg=one)
+
+
+def test_a_new_reward_model_is_undecided(mindspore, micro_config):
+    from dataclasses import replace
+
+    from mindrlhf.models.decoder import Decoder, random_weights
+    from tests.models.cells import Scores
+
+    config = replace(micro_config, head="score")
+    decoder = Decoder(config, random_weights(config, 0))
+    rows = [mindspore.Tensor(array) for array in _rows(np.arange(10).reshape(2, 5))]
+    np.testing.assert_array_equal(Scores(decoder)(*rows, mindspore.Tensor(np.array([4, 9], np.int32))).asnumpy(), 0)
+    language = random_weights(micro_config, 0)
+    for name, array in decoder.tensors():
+        np.testing.assert_array_equal(array, 0 if name == "score.weight" else language(name))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_are_those_of_transformers(mindspore, name):
     from mindrlhf.config import SamplingConfig

@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,11 @@ def test_wrong_names():
         check_names(config, shapes, "dir")
     tied = DecoderConfig.read(FIXTURES / "qwen2_tied")
     check_names(tied, {**expected_shapes(tied), "lm_head.weight": (96, 32)}, "dir")
+    score = DecoderConfig.read(FIXTURES / "qwen2_score")
+    assert list(expected_shapes(score).items())[-1] == ("score.weight", (1, 32))
+    check_names(score, {**expected_shapes(score), "lm_head.weight": (64, 32)}, "dir")
+    with pytest.raises(UserError, match=r"score.weight \[1, 32\] is missing"):
+        check_names(score, expected_shapes(replace(score, head="logits")), "dir")
 
 
 def test_generation_config(tmp_path):

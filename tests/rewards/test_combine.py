@@ -52,7 +52,11 @@ def test_weighted_sum_and_parts():
 
 def test_from_config(tmp_path):
     (tmp_path / "mine.py").write_text("def short(completions, **columns):\n    return [-len(c) for c in completions]\n")
-    configs = [RewardFunctionConfig(), RewardFunctionConfig("mine.py:short", 0.5), RewardFunctionConfig("accuracy", 2.0)]
+    configs = [
+        RewardFunctionConfig(),
+        RewardFunctionConfig("mine.py:short", 0.5),
+        RewardFunctionConfig("accuracy", 2.0),
+    ]
     total, parts = Rewards.from_config(configs, tmp_path)(PROMPTS[:2], COMPLETIONS[:2])
     assert list(parts) == ["accuracy", "short", "accuracy_2"]
     assert total.tolist() == [3 - 4.5, 3 - 3.0]

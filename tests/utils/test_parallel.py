@@ -9,7 +9,10 @@ import pytest
 from mindrlhf.errors import UserError
 from mindrlhf.utils import parallel
 
-NAMES = ("OMP_NUM_THREADS", "GLOG_v", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "LOG_MF_PATH")
+NAMES = (
+    "OMP_NUM_THREADS", "GLOG_v", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "LOG_MF_PATH",
+    "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION",
+)  # fmt: skip
 
 
 def test_prepare_environment_keeps_what_is_set(monkeypatch):
@@ -66,6 +69,17 @@ def test_start_twice_is_silent():
         "assert mindspore.get_context('mode') == mindspore.GRAPH_MODE\n"
         "assert mindspore.get_context('device_target') == 'CPU'\n"
         "assert mindspore.get_seed() == 3\n"
+    )
+    assert run_alone(program) == (0, "", "")
+
+
+def test_mindspore_after_tensorboard():
+    """Without what prepare_environment sets: "Descriptors cannot be created directly"."""
+    program = (
+        "from mindrlhf.utils.parallel import prepare_environment\n"
+        "prepare_environment()\n"
+        "from tensorboardX.proto.event_pb2 import Event\n"
+        "import mindspore\n"
     )
     assert run_alone(program) == (0, "", "")
 

@@ -149,3 +149,47 @@ def test_a_window_over_the_model_is_an_error(decoder):
 
     with pytest.raises(UserError, match="window of 128 positions"):
         Generator(decoder, slots=1, max_prompt_tokens=100, max_tokens=100)
+
+
+def test_streamed_tokens_are_those_of_the_answers(generator, micro_prompts):
+    sampling, streamed = SamplingConfig(max_tokens=20), {}
+    rollouts = generator.generate(
+        micro_prompts, 2, sampling, 7, lambda answer, token: streamed.setdefault(answer, []).append(token)
+    )
+    assert [streamed[number] for number in range(20)] == [rollout.response_ids.tolist() for rollout in rollouts]
+    assert _key(rollouts, 2) == _key(generator.generate(micro_prompts, 2, sampling, 7), 2)
+
+
+def test_a_token_is_streamed_before_the_next_is_decoded(generator, micro_prompts):
+    steps = []
+    generator.generate(
+        micro_prompts[:1], 1, SamplingConfig(max_tokens=9), 1, lambda *_: steps.append(generator.decode_steps)
+    )
+    assert len(steps) > 1 and steps == list(range(steps[0], steps[0] + len(steps)))
+
+
+@pytest.mark.parametrize("after", [1, 9])
+def test_an_interrupted_generator_goes_on(generator, micro_prompts, after):
+    """Some slots full, prompts waiting; the next call must see nothing of it."""
+    sampling, tokens = SamplingConfig(max_tokens=20), []
+    expected = _key(generator.generate(micro_prompts, 3, sampling, 7), 3)
+
+    def stop(answer, token):
+        tokens.append(token)
+        if len(tokens) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(micro_prompts[::-1], 3, sampling, 8, stop)
+    assert len(tokens) == after
+    assert _key(generator.generate(micro_prompts, 3, sampling, 7), 3) == expected
+
+
+def test_widths_of_prompts(decoder):
+    from mindrlhf.wrapper.generator import Generator
+
+    plain = Generator(decoder, 4, 100, 20)
+    assert [plain.prompt_width(n) for n in (1, 8, 9, 64, 65, 100)] == [8, 8, 16, 64, 128, 128]
+    wide = Generator(decoder, 4, 80, 16, least_width=48)
+    assert [wide.prompt_width(n) for n in (1, 48, 49, 80)] == [48, 48, 96, 96]
+    assert Generator(decoder, 1, 40, 20, least_width=48).prompt_width(50) == 64  # what the cache holds

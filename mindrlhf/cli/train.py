@@ -1,0 +1,89 @@
+"""The commands that train: one YAML, one trainer, one report."""
+
+import argparse
+import importlib
+from typing import Any, NamedTuple
+
+
+class Job(NamedTuple):
+    description: str
+    config: str  # class of mindrlhf.config
+    trainer: str  # module:class
+    example: str  # a YAML to begin with
+
+
+JOBS = {
+    "sft": Job(
+        "Fine-tune on answers: prompt and response, Alpaca rows, conversations, or text.",
+        "SFTConfig", "mindrlhf.trainer.supervised:SFTTrainer", "examples/sft/sft.yaml",
+    ),
+    "rm": Job(
+        "Train a reward model on pairs of answers.",
+        "RewardConfig", "mindrlhf.trainer.preference:RewardTrainer", "examples/reward_model/reward_model.yaml",
+    ),
+    "prm": Job(
+        "Train a process reward model on solutions with judged steps.",
+        "PRMConfig", "mindrlhf.trainer.supervised:PRMTrainer", "examples/prm/prm.yaml",
+    ),
+    "dpo": Job(
+        "Train a policy on pairs of answers with DPO or one of its kin (loss.name).",
+        "DPOConfig", "mindrlhf.trainer.preference:DPOTrainer", "examples/dpo/dpo.yaml",
+    ),
+    "kto": Job(
+        "Train a policy on answers that were liked or not.",
+        "KTOConfig", "mindrlhf.trainer.kto:KTOTrainer", "examples/kto/kto.yaml",
+    ),
+    "kd": Job(
+        "Distil a teacher into a student.",
+        "KDConfig", "mindrlhf.trainer.distillation:KDTrainer", "examples/kd/kd.yaml",
+    ),
+    "grpo": Job(
+        "Train a policy online with GRPO, Dr.GRPO or DAPO (algorithm.name).",
+        "GRPOConfig", "mindrlhf.trainer.grpo:GRPOTrainer", "examples/grpo/arithmetic.yaml",
+    ),
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    job = JOBS[parser.get_default("command")]
+    parser.description = job.description
+    parser.add_argument("--config", required=True, help=f"the job's YAML, for example {job.example}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="for example seed=2 trainer.steps=100 output=runs/two"
+    )
+    parser.epilog = "Every key and its meaning: docs/configuration.md."
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import mindrlhf.config as configurations
+
+    job = JOBS[arguments.command]
+    config = configurations.load_config(getattr(configurations, job.config), arguments.config, arguments.overrides)
+    module, _, name = job.trainer.partition(":")
+    trainer = getattr(importlib.import_module(module), name)(config)
+    print(report(trainer.fit(), config.output))
+    return 0
+
+
+def report(summary: dict[str, Any], output: str) -> str:
+    """The table before/after, sampled answers, and where everything lies."""
+    lines = []
+    for split, reasons in summary.get("skipped_rows", {}).items():
+        lines.append(f"skipped rows of data.{split}: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()))
+    if summary["after"]:
+        names = list(summary["after"])
+        width = max(map(len, names)) + 2
+        lines += ["", f"{'held out':<{width + 18}}{'before':>8}{'after':>8}"]
+        for name in names:
+            before = summary["before"].get(name)
+            shown = f"{before:8.3f}" if before is not None else f"{'-':>8}"
+            lines.append(f"  {name:<{width + 16}}{shown}{summary['after'][name]:8.3f}")
+    if summary.get("samples"):
+        lines += ["", "three held-out problems:"]
+        for sample in summary["samples"]:
+            lines.append(f"  {sample['prompt']}{sample['completion']}   reward {sample['reward']:g}")
+    lines += ["", f"{summary['steps']} steps in {summary['seconds']:.0f} s; metrics, curves.png and tb/ in {output}/"]
+    if summary["skipped_updates"]:
+        lines.append(f"{summary['skipped_updates']} updates were skipped: a gradient was not finite, see metrics.jsonl")
+    lines.append(f"checkpoint: {summary['checkpoint']}")
+    return "\n".join(lines)
