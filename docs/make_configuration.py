@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the dataclasses of mindrlhf/config.py and the comments beside their fields.
+"""Writes docs/configuration.md from the dataclasses of mindrlhf/config/ and the comments beside their fields.
 
     python docs/make_configuration.py
 
@@ -7,6 +7,8 @@ tests/test_docs.py fails where the committed file is another.
 
 import ast
 import dataclasses
+import inspect
+import re
 import sys
 import typing
 from collections.abc import Iterator
@@ -16,13 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mindrlhf import config  # noqa: E402
+from mindrlhf.cli.train import JOBS  # noqa: E402
 
 TARGET = Path(__file__).with_name("configuration.md")
 
-# Meanings of fields that have no comment in config.py; a comment there wins.
+# Meanings of fields that have no comment beside them; a comment there wins.
 MEANINGS = {
-    "GRPOConfig.seed": "of the weights, the order of the prompts and the sampling",
-    "GRPOConfig.output": "directory of the run, relative to where the command is typed",
+    "GRPOConfig.seed": "of the weights, the order of the data and the sampling",
+    "GRPOConfig.output": "directory of the run, relative to where the command is typed; default `runs/` and the job",
+    "TrainingConfig.schedule": "of the learning rate, over the steps of the run",
+    "LoraConfig.alpha": "the adapters are scaled by alpha / rank",
+    "KTOLossConfig.beta": "how strongly the policy is held to the reference",
+    "KTOLossConfig.desirable_weight": "of the answers that were liked",
+    "KTOLossConfig.undesirable_weight": "of the answers that were not",
     "InferenceConfig.seed": "of the sampling",
     "InferenceConfig.max_prompt_tokens": "the window: a longer prompt is an error",
     "InferenceConfig.sampling": "keys of [`rollout.sampling`](#rolloutsampling)",
@@ -45,7 +53,7 @@ MEANINGS = {
 
 HEAD = """# Configuration
 
-<!-- Made by docs/make_configuration.py from mindrlhf/config.py. Edit that, not this. -->
+<!-- Made by docs/make_configuration.py from mindrlhf/config/. Edit that, not this. -->
 
 A job is a YAML file, with overrides behind it on the command line:
 
@@ -64,9 +72,9 @@ mindrlhf grpo --config examples/grpo/arithmetic.yaml algorithm.learning_rate=1e-
 """
 
 INFERENCE = """
-## `generate` and `eval`
+## `generate`, `eval` and `chat`
 
-Both take overrides of the keys below, and `--config FILE` with a YAML of them.
+They take overrides of the keys below, and `--config FILE` with a YAML of them.
 
 ```sh
 mindrlhf eval --model runs/demo/checkpoints/step-000070 --data examples/grpo/data/arithmetic_test.jsonl \\
@@ -99,8 +107,30 @@ def main() -> None:
 
 def configuration() -> str:
     """The content of docs/configuration.md."""
-    job = "".join(_section(name, cls) for name, cls in _sections(config.GRPOConfig))
-    return HEAD + "\n## The job\n" + job + INFERENCE + _table(config.InferenceConfig, "") + VARIABLES
+    found: dict[tuple[str, type], list[str]] = {}  # section -> the jobs that have it
+    for job in JOBS:
+        for section in _sections(_config(job)):
+            found.setdefault(section, []).append(job)
+    top = [section for section in found if not section[0]]
+    parts = [HEAD, "\n## The jobs\n", _jobs(), _section("", config.GRPOConfig, "")]
+    for name, cls in found:
+        if (name, cls) not in top:
+            twins = [other for other in found if other[0] == name]
+            parts.append(_section(name, cls, f" of `{found[name, cls][0]}`" if len(twins) > 1 else ""))
+    return "".join(parts) + INFERENCE + _table(config.InferenceConfig, "") + VARIABLES
+
+
+def _config(job: str) -> type:
+    return getattr(config, JOBS[job].config)
+
+
+def _jobs() -> str:
+    """Which sections each job has."""
+    lines = ["", "| job | class | sections besides `seed` and `output` |", "| --- | --- | --- |"]
+    for job in JOBS:
+        fields = [field.name for field in dataclasses.fields(_config(job)) if field.name not in ("seed", "output")]
+        lines.append(f"| `mindrlhf {job}` | `{_config(job).__name__}` | " + ", ".join(f"`{n}`" for n in fields) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def keys(cls: type) -> set[str]:
@@ -128,8 +158,13 @@ def _dataclass_in(annotation: typing.Any) -> type | None:
     return next((one for one in candidates if dataclasses.is_dataclass(one)), None)
 
 
-def _section(name: str, cls: type) -> str:
-    lines = ["", f"### `{name}`" if name else "### At the top"]
+def _section(name: str, cls: type, whose: str) -> str:
+    if not name:  # its other keys are the sections
+        seed_and_output = [
+            line for line in _table(cls, name).splitlines() if not re.match(r"\| `(?!seed|output)", line)
+        ]
+        return "\n### At the top\n" + "\n".join(seed_and_output) + "\n"
+    lines = ["", f"### `{name}`{whose}"]
     if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("):
         lines += ["", " ".join(cls.__doc__.split())]
     if cls is config.SourceConfig:
@@ -140,7 +175,7 @@ def _section(name: str, cls: type) -> str:
 
 
 def _table(cls: type, section: str) -> str:
-    comments, hints = _comments(cls.__name__), typing.get_type_hints(cls)
+    comments, hints = _comments(cls), typing.get_type_hints(cls)
     lines = ["", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(cls):
         meaning = comments.get(field.name) or MEANINGS.get(f"{cls.__name__}.{field.name}", "")
@@ -154,12 +189,12 @@ def _table(cls: type, section: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _comments(class_name: str) -> dict[str, str]:
+def _comments(cls: type) -> dict[str, str]:
     """Field -> the comment at the end of its line."""
-    source = Path(config.__file__).read_text(encoding="utf-8")
+    source = Path(inspect.getsourcefile(cls)).read_text(encoding="utf-8")
     lines = source.splitlines()
     tree = ast.parse(source)
-    node = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    node = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
     found = {}
     for statement in node.body:
         if isinstance(statement, ast.AnnAssign):

@@ -210,3 +210,13 @@ def test_bad_override_names_itself(load, tmp_path, override, expected):
     with pytest.raises(UserError) as error:
         load("seed: 1\n", override)
     assert message_of(error, tmp_path) == expected
+
+
+def test_a_section_that_is_given_in_part_keeps_the_jobs_defaults(load, tmp_path):
+    from mindrlhf.config import SFTConfig
+
+    path = tmp_path / "sft.yaml"
+    path.write_text("data: {prompt_key: question}\n")
+    assert load_config(SFTConfig, path).data.strict is SFTConfig().data.strict is False
+    assert load_config(SFTConfig, path, ["data.strict=true"]).data.strict is True
+    assert load_config(GRPOConfig, path).data.strict is True

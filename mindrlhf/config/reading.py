@@ -140,10 +140,13 @@ def _where(node: yaml.Node, source: str) -> str:
     return f"{source}:{node.start_mark.line + 1}" if node.start_mark else source
 
 
-def _parse(annotation: Any, node: yaml.Node, name: str, source: str) -> Any:
-    """One YAML node as a value of the annotated type; `name` is the dotted field for error messages."""
+def _parse(annotation: Any, node: yaml.Node, name: str, source: str, default: Any = None) -> Any:
+    """One YAML node as a value of the annotated type; `name` is the dotted field for error messages.
+
+    default: a dataclass's instance, which has the values of the keys that the node leaves out.
+    """
     if dataclasses.is_dataclass(annotation):
-        return _parse_dataclass(annotation, node, name, source)
+        return _parse_dataclass(annotation, node, name, source, default)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         if node.tag == "tag:yaml.org,2002:null":
@@ -183,10 +186,11 @@ def _type_error(node: yaml.Node, name: str, source: str, expected: str) -> UserE
     return UserError(f"{_where(node, source)}: {name}: {shown} is not {expected}")
 
 
-def _parse_dataclass(cls: type, node: yaml.Node, name: str, source: str) -> Any:
+def _parse_dataclass(cls: type, node: yaml.Node, name: str, source: str, default: Any = None) -> Any:
     if not isinstance(node, yaml.MappingNode):
         raise _type_error(node, name or cls.__name__, source, "a mapping of keys to values")
     annotations = typing.get_type_hints(cls)
+    default = cls() if default is None else default
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = key_node.value
@@ -199,8 +203,8 @@ def _parse_dataclass(cls: type, node: yaml.Node, name: str, source: str) -> Any:
             raise UserError(f"{_where(key_node, source)}: unknown key {dotted!r}; {hint}")
         if key in values:
             raise UserError(f"{_where(key_node, source)}: {dotted} is set twice")
-        values[key] = _parse(annotations[key], value_node, dotted, source)
+        values[key] = _parse(annotations[key], value_node, dotted, source, getattr(default, key, None))
     try:
-        return cls(**values)
+        return dataclasses.replace(default, **values)
     except UserError as error:  # a range check of the dataclass's own __post_init__
         raise UserError(f"{_where(node, source)}: {name or 'config'}: {error}") from None

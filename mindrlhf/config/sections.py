@@ -66,7 +66,7 @@ class DataConfig:
     system_prompt: str = ""  # put before every conversation when the chat template is used
     input_template: str = "{}"  # otherwise: "{}" is where the prompt goes
     max_rows: int = 0  # first rows of each file only; 0: all
-    strict: bool = True  # False: rows that are empty or longer than the window are skipped and counted
+    strict: bool = True  # False, the default of offline jobs: unusable rows are skipped and counted
 
 
 @dataclass

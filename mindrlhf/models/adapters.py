@@ -55,16 +55,17 @@ class Dropout(nn.Cell):
     """x [M, width] with a share of its elements 0 and the others larger by as much; as it is while seed is 0.
 
     Which elements is a hash of (seed, key, row, column) in int32 arithmetic that wraps: no state, so a resumed run
-    leaves out what the uninterrupted one would have, and forward and backward agree. A row's number goes through
-    MurmurHash3's finaliser with the seed; a column has a random number that depends on the key; their sum goes
-    through half of the finaliser, since only the upper bits are looked at.
+    leaves out what the uninterrupted one would have, and forward and backward agree. A row has two numbers, from
+    MurmurHash3's finaliser of the row and the seed; a column has two random ones, which depend on the key. The hash is
+    the product of the two sums, of which only the upper bits count: three operations over the whole of x, and none of
+    them a shift, which costs eight times as much on a CPU.
     """
 
     def __init__(self, share: float, seed: Parameter, width: int, key: int):
         super().__init__(auto_prefix=False)
         self.seed = seed
-        columns = np.random.default_rng((0, key)).integers(-(2**31), 2**31, (1, width), dtype=np.int32)
-        self.columns = Tensor(columns)
+        columns = np.random.default_rng((0, key)).integers(-(2**31), 2**31, (2, 1, width), dtype=np.int32)
+        self.columns, self.more_columns = Tensor(columns[0]), Tensor(columns[1])
         self.first, self.second = Tensor(FIRST), Tensor(SECOND)
         self.bits = {count: (Tensor(count, ms.int32), Tensor(2 ** (32 - count) - 1, ms.int32)) for count in (13, 16)}
         # Hashes from here on are kept; with seed 0 that is all of them.
@@ -81,7 +82,8 @@ class Dropout(nn.Cell):
         rows = ops.arange(x.shape[0]).astype(ms.int32).reshape(-1, 1) + self.seed * self.second
         rows = self._folded(rows, 16) * self.first
         rows = self._folded(self._folded(rows, 13) * self.second, 16)
-        hashes = self._folded(rows + self.columns, 16) * self.first
+        more_rows = self._folded(rows * self.first, 16)
+        hashes = (rows + self.columns) * (more_rows + self.more_columns)
         off = self.seed == 0
         kept = ops.cast(hashes >= ops.select(off, self.none, self.least), ms.float32)
         return x * ops.stop_gradient(kept * ops.select(off, self.one, self.factor))

@@ -167,6 +167,7 @@ class Decoder(nn.Cell):
         adapter: Weights | None = None,
     ):
         super().__init__(auto_prefix=False)
+        assert (lora is None) == (adapter is None), "lora and adapter belong together"
         self.config = config
         self.transposed = transposed
         self.lora = lora
@@ -179,7 +180,7 @@ class Decoder(nn.Cell):
             auto_prefix=False,
         )
         self.norm = _Norm("model.norm", make, config.norm_epsilon)
-        self.tied = config.tie_embeddings and not transposed
+        self.tied = config.tie_embeddings and config.head == "logits" and not transposed
         if config.head == "score":
             self.score = _parameter(weights(SCORE), SCORE)
         elif not self.tied:
@@ -227,13 +228,13 @@ class Decoder(nn.Cell):
         return self.norm(x)
 
     def logits(self, hidden):
-        """hidden [M, H] -> [M, vocabulary] float32."""
+        """hidden [M, H] -> [M, vocabulary] float32, of a language model."""
         if self.tied:
             return kernels.linear(hidden, self.embedding, None, False)
         return kernels.linear(hidden, self.head, None, self.transposed)
 
     def scores(self, hidden):
-        """hidden [M, H] -> [M] float32, of a model with the score head."""
+        """hidden [M, H] -> [M] float32, of a reward model."""
         return kernels.linear(hidden, self.score, None, False).reshape(-1)
 
     # -- parameters -------------------------------------------------------------------------------------------------

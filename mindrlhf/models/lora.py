@@ -83,7 +83,7 @@ def check_layers(layers: list[int] | tuple[int, ...], config: DecoderConfig, whe
 def random_adapter(lora: Lora, config: DecoderConfig, seed: int) -> Weights:
     """As PEFT begins: A uniform within 1 / sqrt(in) (He's initialisation with a = sqrt(5)), B 0, so nothing changes.
 
-    Each tensor is keyed by (seed, its place in the list), as in decoder.random_weights.
+    Each tensor is keyed by (seed, its place in the list), and apart from those of decoder.random_weights.
     """
     shapes = lora.shapes(config)
     place = {name: i for i, name in enumerate(shapes)}
@@ -92,7 +92,7 @@ def random_adapter(lora: Lora, config: DecoderConfig, seed: int) -> Weights:
         shape = shapes[name]
         if name.endswith(B):
             return np.zeros(shape, np.float32)
-        draw = np.random.default_rng((seed, place[name])).random(shape, dtype=np.float32)
+        draw = np.random.default_rng((seed, place[name], 1)).random(shape, dtype=np.float32)
         return (2 * draw - 1) / np.float32(math.sqrt(shape[1]))
 
     return weights

@@ -35,6 +35,14 @@ class NextTokenLoss(nn.Cell):
         return ops.neg(logprobs.mean())
 
 
+class NextTokenLossAndMetrics(NextTokenLoss):
+    """What a TrainStep takes."""
+
+    def construct(self, tokens, positions, segments, index, labels):
+        logprobs, _ = target_logprobs(self.decoder, tokens, positions, segments, index, labels, 1.0, False)
+        return ops.neg(logprobs.mean()), {}
+
+
 class Scores(nn.Cell):
     """A reward model's scores at the given positions."""
 

@@ -11,7 +11,7 @@ from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.hf import expected_shapes, read_tensors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-MODELS = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
+MODELS = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz") if path.with_name("config.json").exists())
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 64,

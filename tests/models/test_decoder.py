@@ -69,6 +69,7 @@ def test_scores_are_those_of_transformers(mindspore, transposed):
     last = mindspore.Tensor(np.array([11, 23], np.int32))
     np.testing.assert_allclose(Scores(decoder)(*rows, last).asnumpy(), expected["scores"], atol=1e-5)
     assert "lm_head.weight" not in decoder.by_name
+    assert not decoder.tied
 
 
 def test_gradients_of_a_pair_of_scores_are_those_of_transformers(mindspore):

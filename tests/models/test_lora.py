@@ -182,6 +182,27 @@ def test_what_is_trained(adapted, micro_decoder, micro_config):
         micro_decoder.trainable([2])
 
 
+def test_training_moves_the_adapters_alone(mindspore, adapted):
+    from mindrlhf.config import OptimizerConfig
+    from mindrlhf.models.decoder import random_weights
+    from mindrlhf.wrapper.train_step import TrainStep
+    from tests.models.cells import NextTokenLossAndMetrics
+
+    decoder = adapted(target_modules=ALL, dropout=0.1)
+    batch = rows(mindspore, decoder.config)
+    batch = [array.asnumpy() for array in batch + targets(mindspore, batch)]
+    before = {name: array.copy() for name, array in decoder.adapter_tensors()}
+    step = TrainStep(NextTokenLossAndMetrics(decoder), decoder.trainable(), OptimizerConfig(), decoder.set_dropout)
+    losses = [step([batch], 1e-2).loss for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.5
+    for name, array in decoder.adapter_tensors():
+        assert (array != before[name]).any(), name
+    base = random_weights(decoder.config, 0)
+    with decoder.adapters_off():
+        for name, array in decoder.tensors():
+            np.testing.assert_array_equal(array, base(name))
+
+
 def test_load_leaves_the_adapters(adapted):
     from mindrlhf.models.decoder import random_weights
 

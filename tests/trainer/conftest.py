@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+import mindrlhf
+from tests.trainer import stages
+
 DECODER = {
     "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True,
@@ -53,3 +56,50 @@ def tiny_config(problems, tmp_path):
         return load_config(GRPOConfig, None, [f"{name}={value}" for name, value in values.items()])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stage_rows(tmp_path_factory):
+    return stages.write_rows(tmp_path_factory.mktemp("stages") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def teacher(mindspore, stage_rows, tmp_path_factory):
+    """A random model with the vocabulary of the others."""
+    from mindrlhf.config import BuildConfig
+    from mindrlhf.trainer.roles import build
+
+    directory = tmp_path_factory.mktemp("teacher")
+    build(BuildConfig(stages.DECODER, 300, [str(stage_rows)]), seed=7).write(directory)
+    return directory
+
+
+@pytest.fixture()
+def make_stage(mindspore, stage_rows, teacher, tmp_path):
+    """A function: stage, overrides -> a trainer that writes below tmp_path."""
+
+    def trainer(stage, *overrides, output="run"):
+        config_name, trainer_name, own = stages.STAGES[stage]
+        values = {
+            "output": tmp_path / output,
+            "model.build.decoder": json.dumps(stages.DECODER),
+            "model.build.tokenizer_files": f"[{stage_rows}]",
+            "model.build.vocab_size": 300,
+            "data.train": f"[{{path: {stage_rows}}}]",
+            "data.test": f"[{{path: {stage_rows}}}]",
+            "data.max_rows": 16,
+            "training.batch_size": 4,
+            "training.learning_rate": 3e-3,
+            "optimizer.epsilon": 1e-4,  # so that rounding is not blown up where a gradient is next to nothing
+            "trainer.rows": 4,
+            "trainer.row_tokens": 64,
+            "trainer.steps": 20,
+            "logging.tensorboard": "false",
+            "logging.progress": "false",
+        }
+        texts = [f"{name}={value}" for name, value in values.items()]
+        texts += [override.replace("TEACHER", str(teacher)) for override in (*own, *overrides)]
+        config = mindrlhf.load_config(getattr(mindrlhf, config_name), None, texts)
+        return getattr(mindrlhf, trainer_name)(config)
+
+    return trainer

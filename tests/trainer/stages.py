@@ -49,3 +49,14 @@ STAGES = {
     "kto_pair": ("KTOConfig", "KTOTrainer", ["loss.name=kto_pair"]),
     "kd": ("KDConfig", "KDTrainer", ["data.response_key=chosen", "distillation.teacher=TEACHER"]),
 }  # fmt: skip
+
+
+def losses(trainer, steps=20):
+    """Of the next steps, without the run's files."""
+    if trainer.step == 0:
+        trainer.prepare(None)
+    return [trainer.run_step()[0]["loss"] for _ in range(steps)]
+
+
+def weights(trainer):
+    return {name: array.copy() for name, array in trainer.policy.decoder.tensors()}

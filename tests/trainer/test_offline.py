@@ -1,103 +1,28 @@
-"""Every offline stage: it learns, and how the work is split or interrupted changes nothing."""
-
-import json
+"""Every offline stage: it learns, and how the work is split, packed or interrupted changes nothing."""
 
 import numpy as np
 import pytest
 
-import mindrlhf
-from mindrlhf.config import load_config
-from tests.trainer.stages import DECODER, STAGES, write_rows
+from mindrlhf.errors import UserError
+from tests.trainer.stages import STAGES, losses, weights
 
-STEPS = 20
 EVERY = list(STAGES)
 
 
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("stages") / "rows.jsonl")
-
-
-@pytest.fixture(scope="session")
-def teacher(mindspore, rows, tmp_path_factory):
-    """A random model with the vocabulary of the others."""
-    from mindrlhf.config import BuildConfig
-    from mindrlhf.trainer.roles import build
-
-    directory = tmp_path_factory.mktemp("teacher")
-    build(BuildConfig(DECODER, 300, [str(rows)]), seed=7).write(directory)
-    return directory
-
-
-@pytest.fixture()
-def make(mindspore, rows, teacher, tmp_path):
-    """A function: stage, overrides -> a trainer that writes below tmp_path."""
-
-    def trainer(stage, *overrides, output="run"):
-        config_name, trainer_name, own = STAGES[stage]
-        values = {
-            "output": tmp_path / output,
-            "model.build.decoder": json.dumps(DECODER),
-            "model.build.tokenizer_files": f"[{rows}]",
-            "model.build.vocab_size": 300,
-            "data.train": f"[{{path: {rows}}}]",
-            "data.test": f"[{{path: {rows}}}]",
-            "data.max_rows": 16,
-            "training.batch_size": 4,
-            "training.learning_rate": 3e-3,
-            "optimizer.epsilon": 1e-4,  # so that rounding is not blown up where a gradient is next to nothing
-            "trainer.rows": 4,
-            "trainer.row_tokens": 64,
-            "trainer.steps": STEPS,
-            "logging.tensorboard": "false",
-            "logging.progress": "false",
-        }
-        texts = [f"{name}={value}" for name, value in values.items()]
-        texts += [override.replace("TEACHER", str(teacher)) for override in (*own, *overrides)]
-        config = load_config(getattr(mindrlhf, config_name), None, texts)
-        return getattr(mindrlhf, trainer_name)(config)
-
-    return trainer
-
-
-def losses(trainer, steps=STEPS):
-    """Of the next steps, without the run's files."""
-    if trainer.step == 0:
-        trainer.prepare(None)
-    return [trainer.run_step()[0]["loss"] for _ in range(steps)]
-
-
-def weights(trainer):
-    return {name: array.copy() for name, array in trainer.policy.decoder.tensors()}
-
-
-@pytest.fixture()
-def whole(make):
-    """Losses of one micro-batch a step, by stage."""
-    known = {}
-
-    def of(stage):
-        if stage not in known:
-            known[stage] = losses(make(stage, "trainer.rows=8"))
-        return known[stage]
-
-    return of
-
-
 @pytest.mark.parametrize("stage", EVERY)
-def test_split_and_packing_change_nothing(stage, make, whole):
-    expected = whole(stage)
+def test_split_and_packing_change_nothing(stage, make_stage):
+    expected = losses(make_stage(stage, "trainer.rows=8"))
     assert expected[-1] < expected[0]
-    # 64 tokens a row hold several examples, 32 one: the second is the batch unpacked.
+    # 64 tokens a row hold several examples, 32 one: that is the batch unpacked.
     for rows, row_tokens in ((2, 64), (1, 64), (8, 32), (1, 32)):
-        split = losses(make(stage, f"trainer.rows={rows}", f"trainer.row_tokens={row_tokens}"))
+        split = losses(make_stage(stage, f"trainer.rows={rows}", f"trainer.row_tokens={row_tokens}"))
         assert np.abs(np.array(split) - expected).max() < 1e-6, (rows, row_tokens)
 
 
 @pytest.mark.parametrize("stage", EVERY)
-def test_resumed_is_uninterrupted(stage, make):
+def test_resumed_is_uninterrupted(stage, make_stage):
     def run(steps, output):
-        trainer = make(stage, f"trainer.steps={steps}", "training.schedule=constant", output=output)
+        trainer = make_stage(stage, f"trainer.steps={steps}", "training.schedule=constant", output=output)
         return trainer, trainer.fit()
 
     whole, whole_summary = run(6, "whole")
@@ -106,3 +31,84 @@ def test_resumed_is_uninterrupted(stage, make):
     assert summary["steps"] == 6 and summary["after"] == whole_summary["after"]
     for name, array in weights(whole).items():
         assert np.array_equal(array, weights(resumed)[name]), name
+
+
+LORA = ("model.path=TEACHER", "model.lora.rank=2", "model.lora.target_modules=[q_proj, up_proj]")
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_only_adapters_are_trained_and_dropout_is_resumed(stage, make_stage):
+    options = (*LORA, "model.lora.dropout=0.3", "training.schedule=constant")
+
+    def run(steps, output):
+        trainer = make_stage(stage, *options, f"trainer.steps={steps}", output=output)
+        before = {p.name: p.asnumpy().copy() for p in trainer.policy.decoder.get_parameters()}
+        trainer.fit()
+        return trainer, before
+
+    whole, before = run(6, "whole")
+    trained = {parameter.name for parameter in whole.policy.trainable}
+    assert all(".lora_" in name or name == "score.weight" for name in trained)
+    for parameter in whole.policy.decoder.get_parameters():
+        if parameter.name not in trained:
+            assert np.array_equal(parameter.asnumpy(), before[parameter.name]), parameter.name
+        elif ".lora_B" in parameter.name:
+            assert parameter.asnumpy().any(), parameter.name
+    run(3, "parts")
+    resumed, _ = run(6, "parts")
+    for name, array in weights(whole).items():
+        assert np.array_equal(array, weights(resumed)[name]), name
+
+
+def test_only_the_chosen_layers_are_trained(make_stage):
+    trainer = make_stage("rm", "model.train_layers=[0]")
+    names = {parameter.name for parameter in trainer.policy.trainable}
+    assert "score.weight" in names and all(n.startswith("model.layers.0.") or n == "score.weight" for n in names)
+    embedding = weights(trainer)["model.embed_tokens.weight"]
+    before = trainer.evaluate()["loss"]
+    losses(trainer, 10)
+    assert trainer.evaluate()["loss"] < before - 0.1
+    assert np.array_equal(weights(trainer)["model.embed_tokens.weight"], embedding)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
+def test_epochs_compile_nothing_new(stage, make_stage, compilations):
+    trainer = make_stage(stage)
+    losses(trainer, 4)
+    trainer.evaluate()
+    seen = compilations()
+    losses(trainer, 12)
+    trainer.evaluate()
+    assert compilations() == seen
+
+
+def test_the_summary_counts_skipped_rows(make_stage, tmp_path, stage_rows):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(stage_rows.read_text() + '{"prompt": "1=", "chosen": "one", "rejected": "one"}\n')
+    skipped = make_stage("dpo", f"data.train=[{{path: {bad}}}]", "data.max_rows=0", "trainer.steps=1").fit()
+    assert skipped["skipped_rows"] == {"train": {"chosen equals rejected": 1}}
+    with pytest.raises(UserError, match=r"bad.jsonl:25: .*strict"):
+        make_stage("dpo", f"data.train=[{{path: {bad}}}]", "data.max_rows=0", "data.strict=true")
+
+
+MISTAKES = {
+    "batch": ("sft", ["training.batch_size=0"], "training.batch_size: 0 must be 1 or more"),
+    "window": ("sft", ["training.max_tokens=65"], "training.max_tokens: 65 is more than the model's window, 64"),
+    "rows": ("dpo", ["trainer.row_tokens=8"], "trainer.row_tokens: 8, but one example can need"),
+    "no data": ("sft", ["data.train=[]"], "data.train: no file is named"),
+    "loss": ("dpo", ["loss.name=dpoo"], "loss.name: 'dpoo' is unknown; there are dpo, cdpo"),
+    "smoothing": ("dpo", ["loss.label_smoothing=0.1"], "loss.label_smoothing: dpo has none; use cdpo or robust"),
+    "too smooth": ("dpo", ["loss.name=cdpo", "loss.label_smoothing=0.5"], "0.5 must be 0 or more and under 0.5"),
+    "no adapter": ("kto", ["loss.reference=adapter_off"], "loss.reference: adapter_off needs adapters"),
+    "teacher": ("kd", ["distillation.teacher="], "distillation.teacher: no checkpoint is named"),
+    "on-policy kd": ("kd", ["distillation.on_policy=0.5"], "set distillation.coef=1 or distillation.name=gkd"),
+    "share": ("kd", ["distillation.on_policy=2"], "distillation.on_policy: 2.0 is not a share"),
+    "placeholder": ("prm", ["steps.placeholder=two tokens"], "steps.placeholder: 'two tokens' is"),
+}
+
+
+@pytest.mark.parametrize(("stage", "overrides", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistake_is_one_line(stage, overrides, message, make_stage):
+    with pytest.raises(UserError) as error:
+        losses(make_stage(stage, *overrides), 1)
+    assert message in str(error.value) and "\n" not in str(error.value)
