@@ -79,7 +79,7 @@ def test_version(capsys):
     ("name", "message"),
     [
         ("gpro", "unknown command 'gpro'; did you mean 'grpo'?"),
-        ("xyz", "unknown command 'xyz'; there are grpo, generate, eval, bench, env"),
+        ("xyz", "unknown command 'xyz'; there are " + ", ".join(name for name, *_ in COMMANDS)),
     ],
 )
 def test_misspelt_command(capsys, name, message):
