@@ -4,13 +4,17 @@ VENV ?= .venv
 TORCH_VENV ?= .venv-torch
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint venv check-export
+.PHONY: demo test test-slow lint venv check-export
 
 demo: venv
 	$(VENV)/bin/mindrlhf grpo --config examples/grpo/arithmetic.yaml
 
 test: lint
-	$(VENV)/bin/pytest -q
+	$(VENV)/bin/pytest -q -m "not slow"
+
+# The examples, each to its end.
+test-slow: venv
+	$(VENV)/bin/pytest -q -m slow
 
 # What a checkpoint's directory means to torch and transformers; CHECKPOINT= is one that a run has left.
 check-export: venv $(if $(TORCH_PYTHON),,$(TORCH_VENV)/.installed)

@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="mindrlhf",
     version="0.1.0",
-    description="Reinforcement learning of language models on MindSpore",
+    description="Post-training of language models on MindSpore",
     packages=find_packages(include=["mindrlhf", "mindrlhf.*"]),
     package_data={"mindrlhf": ["**/*.cpp", "**/*.h"]},
     python_requires=">=3.10,<3.13",

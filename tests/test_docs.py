@@ -179,10 +179,12 @@ def test_steps_of_the_examples():
 
 
 def test_every_algorithm_is_described():
+    from mindrlhf.losses import PREFERENCE_LOSSES
     from mindrlhf.trainer.algorithms import ALGORITHMS
 
     text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in text for name in ALGORITHMS)
+    assert all(f"`{name}`" in text for name in (*ALGORITHMS, *PREFERENCE_LOSSES))
+    assert all(row.paper in text for row in PREFERENCE_LOSSES.values())
     for row in ALGORITHMS.values():
         paper = re.match(r"arXiv (\S+?),", row.paper)[1]
         assert f"arxiv.org/abs/{paper}" in text

@@ -71,7 +71,7 @@ def lora(digits: str, draw: random.Random) -> dict:
 
 # folder -> (row maker, training rows)
 DATA = {"sft": (sft, 3000), "reward_model": (reward_model, 3000), "dpo": (dpo, 1000), "kto": (kto, 1000),
-        "prm": (prm, 3000), "lora": (lora, 1000)}  # fmt: skip
+        "prm": (prm, 3000), "lora": (lora, 3000)}  # fmt: skip
 
 
 def main() -> None:

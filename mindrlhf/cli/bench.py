@@ -87,7 +87,7 @@ def _decoder(model: str | None, window: int):
     from mindrlhf.trainer.roles import open_checkpoint
 
     if model:
-        return open_checkpoint(model).decoder
+        return open_checkpoint(model, head="logits").decoder
     config = DecoderConfig(
         vocab_size=4096, hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=4,
         head_dim=64, max_positions=window, qkv_bias=True, tie_embeddings=True, model_type="qwen2",

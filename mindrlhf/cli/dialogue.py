@@ -48,7 +48,7 @@ class Dialogue:
 
         self.screen, self.sampling, self.seed = screen, config.sampling, config.seed
         check_sampling(self.sampling)
-        policy = open_checkpoint(model)
+        policy = open_checkpoint(model, head="logits")
         self.tokenizer = policy.tokenizer
         self.templated = bool(getattr(self.tokenizer, "chat_template", None))
         self.window = _divide_window(config, policy.decoder.config.max_positions)

@@ -62,7 +62,7 @@ def answer(model: str, config: InferenceConfig, texts: list[str]) -> Answers:
     from mindrlhf.types import Prompt
     from mindrlhf.wrapper.generator import Generator
 
-    policy = open_checkpoint(model)
+    policy = open_checkpoint(model, head="logits")
     data, tokenizer = config.data, policy.tokenizer
     window, asked = policy.decoder.config.max_positions, config.sampling.max_tokens
     # Nobody asked for the default length, which a small model's window may not hold.

@@ -67,9 +67,13 @@ def column(row: Row, key: str, option: str = "the config's data.*_key") -> Any:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            yield from _read_jsonl(path)  # one object a line under this ending, as the Belle files are
+            return
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}; one object a line is .jsonl") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds one {_json_type(rows)}; a .json data set is a list of objects")

@@ -31,8 +31,11 @@ class KDTrainer(SFTTrainer):
         settings, student = self.config.distillation, self.policy
         if not settings.teacher:
             raise UserError("distillation.teacher: no checkpoint is named; set it to the teacher's directory")
-        if not 0 <= settings.on_policy <= 1:
-            raise UserError(f"distillation.on_policy: {settings.on_policy} is not a share; use 0 to 1")
+        for name in ("on_policy", "coef", "beta"):
+            if not 0 <= getattr(settings, name) <= 1:
+                raise UserError(f"distillation.{name}: {getattr(settings, name)} is not a share; use 0 to 1")
+        if settings.temperature <= 0:
+            raise UserError(f"distillation.temperature: {settings.temperature} must be over 0")
         if settings.on_policy and settings.name == "kd" and settings.coef < 1:
             raise UserError(
                 "distillation.on_policy: kd would also imitate the student's own answers; set distillation.coef=1 or "

@@ -1,6 +1,5 @@
 """What every trainer's run shares: the output directory, resuming, evaluating, logging, saving, stopping."""
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -130,7 +129,6 @@ class Trainer(ABC):
 
     def fit(self) -> dict[str, Any]:
         """The whole run; returns what summary.json holds."""
-        started = time.time()
         resumed = self.resume()
         total, logging = self.total_steps(), self.config.logging
         finished = self.output / "summary.json"
@@ -153,7 +151,7 @@ class Trainer(ABC):
                 "before": log.first("eval/"),
                 "after": final,
                 "skipped_updates": self.train_step.skipped,
-                "seconds": round(time.time() - started, 1),
+                "seconds": round(log.seconds, 1),
                 "checkpoint": str(path),
                 **self.close(log),
             }

@@ -104,6 +104,8 @@ class ReferencedTrainer(PreferenceTrainer):
     config: DPOConfig | KTOConfig
 
     def __init__(self, config: DPOConfig | KTOConfig, policy: Policy | None = None):
+        if config.loss.beta <= 0:
+            raise UserError(f"loss.beta: {config.loss.beta} must be over 0")
         super().__init__(config, policy)
         if config.loss.reference == ADAPTER_OFF:
             if self.policy.decoder.lora is None:

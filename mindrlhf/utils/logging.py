@@ -60,11 +60,15 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between an interruption and going on."""
+        return time.monotonic() - self.start
+
     def log(self, step: int, metrics: dict[str, float | str]) -> None:
         """One line of metrics.jsonl, on the disk when this returns; a value that is not finite is written as null."""
         values = _plain(metrics)
-        seconds = round(time.monotonic() - self.start, 3)
-        _write_line(self.metrics_file, {"step": step, "time": seconds, **values})
+        _write_line(self.metrics_file, {"step": step, "time": round(self.seconds, 3), **values})
         # A text, such as the name of a tensor that was not finite, has no curve.
         finite = {name: value for name, value in values.items() if isinstance(value, int | float)}
         axis = finite.pop("warmup_step", None)

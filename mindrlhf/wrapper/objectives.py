@@ -76,8 +76,7 @@ class DistillationObjective(nn.Cell):
         else:
             soft = distillation_loss(student, teacher, self.temperature)
             loss = self.coef * soft + (1.0 - self.coef) * supervised_loss(student_logprobs)
-        _, teacher_entropy = logprobs_and_entropy(teacher, labels)
-        teacher_kl = ops.stop_gradient(distillation_loss(student, teacher)) - teacher_entropy
+        teacher_kl = generalised_divergence(ops.stop_gradient(student), teacher, 0.0)
         return (loss * loss_weight).sum(), {
             "tokens": mask.sum(),
             "nll": -ops.stop_gradient((student_logprobs * mask).sum()),

@@ -123,3 +123,13 @@ def test_mistakes_of_score(made, tmp_path, capsys):
         assert run(*words) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("generate", "--prompt", "1="), ("eval", "--data", "ROWS"), ("chat",), ("bench", "generate")], ids=str
+)
+def test_a_reward_model_does_not_answer(words, made, capsys):
+    name, *rest = (str(made / "rows.jsonl") if word == "ROWS" else word for word in words)
+    assert run(name, *rest, "--model", made / "reward_model") == 2
+    error = capsys.readouterr().err
+    assert "reward_model: a reward model, which has no lm_head.weight; give a language model" in error

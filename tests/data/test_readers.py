@@ -1,3 +1,5 @@
+import json
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -120,3 +122,16 @@ def test_unusable_rows_are_counted_or_an_error():
     assert unusable.skipped == {"empty": 2}
     with pytest.raises(UserError, match="a.jsonl:7: the prompt is empty, or set data.strict: false"):
         UnusableRows(strict=True).refuse(row, "empty", "the prompt is empty")
+
+
+def test_a_json_file_with_one_object_a_line_as_belle_is(tmp_path):
+    path = tmp_path / "Belle_open_source_0.5M.json"
+    rows = [
+        {"instruction": "\u5199\u4e00\u53e5\u8bdd", "input": "", "output": "\u597d"},
+        {"instruction": "b", "input": "c", "output": "d"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert [row.values for row in read_rows(path)] == rows
+    path.write_text(path.read_text() + '{"instruction": 1', encoding="utf-8")
+    with pytest.raises(UserError, match=r"0.5M.json:3: not JSON"):
+        read_rows(path)

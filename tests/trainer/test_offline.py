@@ -11,12 +11,26 @@ EVERY = list(STAGES)
 
 @pytest.mark.parametrize("stage", EVERY)
 def test_split_and_packing_change_nothing(stage, make_stage):
-    expected = losses(make_stage(stage, "trainer.rows=8"))
-    assert expected[-1] < expected[0]
-    # 64 tokens a row hold several examples, 32 one: that is the batch unpacked.
-    for rows, row_tokens in ((2, 64), (1, 64), (8, 32), (1, 32)):
-        split = losses(make_stage(stage, f"trainer.rows={rows}", f"trainer.row_tokens={row_tokens}"))
-        assert np.abs(np.array(split) - expected).max() < 1e-6, (rows, row_tokens)
+    """One, several and many micro-batches; several examples a row, and one."""
+
+    def run(rows, row_tokens):
+        trainer = make_stage(
+            stage, "training.batch_size=16", f"trainer.rows={rows}", f"trainer.row_tokens={row_tokens}",
+            "optimizer.epsilon=1e-8", output=f"{rows}-{row_tokens}",
+        )  # fmt: skip
+        taken = losses(trainer)
+        return taken, trainer.batches("train", range(16)), trainer.longest
+
+    whole, batches, longest = run(16, 32)
+    packed = batches[0].segments.max()
+    assert len(batches) == 1 and whole[-1] < whole[0]
+    for rows, fewest in ((2, 2), (1, 4)):
+        split, batches, _ = run(rows, 32)
+        assert len(batches) >= fewest
+        assert np.abs(np.array(split) - whole).max() < 1e-6, rows
+    unpacked, batches, _ = run(16, longest)
+    assert all(batch.segments.max() < packed for batch in batches)
+    assert np.abs(np.array(unpacked) - whole).max() < 1e-6
 
 
 @pytest.mark.parametrize("stage", EVERY)
@@ -103,6 +117,8 @@ MISTAKES = {
     "teacher": ("kd", ["distillation.teacher="], "distillation.teacher: no checkpoint is named"),
     "on-policy kd": ("kd", ["distillation.on_policy=0.5"], "set distillation.coef=1 or distillation.name=gkd"),
     "share": ("kd", ["distillation.on_policy=2"], "distillation.on_policy: 2.0 is not a share"),
+    "beta": ("dpo", ["loss.beta=0"], "loss.beta: 0.0 must be over 0"),
+    "temperature": ("kd", ["distillation.temperature=0"], "distillation.temperature: 0.0 must be over 0"),
     "placeholder": ("prm", ["steps.placeholder=two tokens"], "steps.placeholder: 'two tokens' is"),
 }
 
