@@ -7,6 +7,7 @@ over all rounds are compared. The side that waits is blocked, not spinning.
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 from pathlib import Path
@@ -21,6 +22,13 @@ MODEL = {
     "max_positions": 512,
 }
 BATCH, TOKENS, PROMPT_TOKENS = 16, 192, 32
+PAIRS = 8  # of preference.py
+
+
+def pair_lengths() -> list[int]:
+    """Tokens of the 2 * PAIRS answers, 32 to 160."""
+    draw = random.Random(0)
+    return [draw.randint(32, TOKENS - PROMPT_TOKENS) for _ in range(2 * PAIRS)]
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -58,7 +66,9 @@ class TorchSide:
 
     def __init__(self, python: str, what: str, threads: int):
         script = Path(__file__).with_name("torch_baseline.py")
-        sizes = json.dumps({**MODEL, "batch": BATCH, "tokens": TOKENS, "prompt_tokens": PROMPT_TOKENS})
+        sizes = json.dumps(
+            {**MODEL, "batch": BATCH, "tokens": TOKENS, "prompt_tokens": PROMPT_TOKENS, "answers": pair_lengths()}
+        )
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             [python, str(script), what, str(threads), sizes],

@@ -1,6 +1,7 @@
-"""The torch side of decode.py and training.py: a round for every line read, its seconds as a line of JSON.
+"""The torch side of decode.py, training.py and preference.py: for every line read a round, its seconds as JSON.
 
-Needs torch and transformers only; started by side_by_side.TorchSide with (decode|training, threads, sizes as JSON).
+Needs torch and transformers only; started by side_by_side.TorchSide with what to run (decode, training or preference),
+the threads, and the sizes as JSON.
 """
 
 import json
@@ -42,6 +43,28 @@ def training_round(model, optimizer, sizes: dict) -> dict[str, list[float]]:
     return {"training_step": taken}
 
 
+def preference_round(model, optimizer, sizes: dict) -> dict[str, list[float]]:
+    prompt, lengths = sizes["prompt_tokens"], torch.tensor(sizes["answers"])
+    longest = prompt + int(lengths.max())
+    ids = torch.randint(0, sizes["vocab_size"], (len(lengths), longest))
+    place = torch.arange(longest)
+    answer = (place >= prompt) & (place < prompt + lengths[:, None])
+    attention = (place < prompt + lengths[:, None]).long()
+    taken = []
+    for _ in range(2):
+        start = time.perf_counter()
+        logits = model(ids, attention_mask=attention).logits[:, :-1]
+        logprobs = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
+        sums = (logprobs * answer[:, 1:]).sum(-1)
+        loss = -torch.nn.functional.logsigmoid(0.1 * (sums[0::2] - sums[1::2])).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.append(time.perf_counter() - start)
+    return {"dpo_step": taken}
+
+
 def main() -> None:
     what, threads, sizes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(threads)
@@ -57,12 +80,14 @@ def main() -> None:
         tie_word_embeddings=True,
     )
     model = Qwen2ForCausalLM(config)
-    model.train(what == "training")
+    model.train(what != "decode")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     for _ in sys.stdin:
-        taken = decode_round(model, sizes) if what == "decode" else training_round(model, optimizer, sizes)
+        taken = decode_round(model, sizes) if what == "decode" else ROUNDS[what](model, optimizer, sizes)
         print(json.dumps(taken), flush=True)
 
+
+ROUNDS = {"training": training_round, "preference": preference_round}
 
 if __name__ == "__main__":
     main()

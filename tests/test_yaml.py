@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mindrlhf.config import GRPOConfig, load_config
+from mindrlhf import config as configurations
+from mindrlhf.cli.train import JOBS as COMMANDS
+from mindrlhf.config import load_config
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "examples").rglob("*.y*ml"))
@@ -17,20 +19,32 @@ def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
+def read(path):
+    """As the command reads it whose example it is; an example's folder is named after its command, or else here."""
+    command = {"reward_model": "rm", "lora": "sft"}.get(path.parent.name, path.parent.name)
+    return load_config(getattr(configurations, COMMANDS[command].config), path)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_that_help_names_exists(command):
+    assert (ROOT / COMMANDS[command].example).is_file()
+
+
 def test_there_are_jobs():
     assert JOBS
 
 
 @pytest.mark.parametrize("path", JOBS, ids=name_of)
 def test_job_parses(path):
-    load_config(GRPOConfig, path)
+    read(path)
 
 
 @pytest.mark.parametrize("path", [path for path in JOBS if path not in DOWNLOADED], ids=name_of)
 def test_files_of_a_job_exist(path):
     """Paths in a YAML are relative to it."""
-    config = load_config(GRPOConfig, path)
-    sources = [*config.data.train, *config.data.test, *config.warmup.train]
+    config = read(path)
+    sources = [*config.data.train, *config.data.test]
+    sources += config.warmup.train if isinstance(config, configurations.GRPOConfig) else []
     for name in [source.path for source in sources] + config.model.build.tokenizer_files:
         assert (path.parent / name).is_file(), f"{name_of(path)}: {name} is not there"
 

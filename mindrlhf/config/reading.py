@@ -6,6 +6,7 @@ the field.
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -172,7 +173,7 @@ def _parse(annotation: Any, node: yaml.Node, name: str, source: str, default: An
     if annotation in (PathText, FunctionText) and type(value) is str:
         is_path = bool(value) if annotation is PathText else ".py:" in value
         base = Path.cwd() if hasattr(node, "override") else Path(source).resolve().parent
-        return str(base / value) if is_path else value
+        return os.path.normpath(base / value) if is_path else value
     if annotation is float and type(value) is int:
         return float(value)
     if annotation is Any or type(value) is annotation:

@@ -30,7 +30,8 @@ class ModelDirectory:
         """base: where an adapter's checkpoint lies, instead of what the adapter says. Raises UserError."""
         path = Path(path)
         if not path.is_dir():
-            raise UserError(f"{path}: no such checkpoint directory; download the model there or correct model.path")
+            fix = "run the job whose output it is, download it there, or correct the path"
+            raise UserError(f"{path}: no such checkpoint directory; {fix}")
         checkpoint = base_directory(path, base) if is_adapter(path) else path
         config = DecoderConfig.read(checkpoint)
         found = cls(path, checkpoint, config, tensors_of(checkpoint, config))
