@@ -25,6 +25,8 @@ from mindrlhf.utils.logging import RunLog
 from mindrlhf.wrapper.preference_objectives import PreferenceObjective, RewardObjective
 from mindrlhf.wrapper.scorer import Scorer
 
+SMOOTHED = ("cdpo", "robust")  # the rows of the table that know label_smoothing
+
 
 class PreferenceTrainer(OfflineTrainer):
     """A loss of whole answers, as the mean over the examples of each optimizer step."""
@@ -176,6 +178,3 @@ class DPOTrainer(ReferencedTrainer):
         nothing = np.zeros(2 * len(numbers), np.float32)
         logprobs = self.reference.logprobs(split, numbers).reshape(-1) if self.needs_reference else nothing
         return {**pair_weights(len(numbers)), "margin": nothing, "ref_logprobs": logprobs}
-
-
-SMOOTHED = ("cdpo", "robust")
