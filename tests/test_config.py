@@ -80,7 +80,7 @@ def test_paths_are_relative_to_the_yaml(load, tmp_path):
     )
     assert config.model.path == str(tmp_path / "models/a")
     assert config.model.build.tokenizer_files == [str(tmp_path / "t.txt")]
-    assert config.data.train[0].path == str(tmp_path / "../a.jsonl")
+    assert config.data.train[0].path == str(tmp_path.parent / "a.jsonl")
     assert config.data.test[0].path == "/data/b.csv"
     assert [reward.function for reward in config.rewards] == ["format", str(tmp_path / "mine.py:score")]
     assert config.model.tokenizer == ""  # not set is not a path
@@ -195,7 +195,7 @@ def test_value_may_hold_an_equals_sign(load):
 BAD_OVERRIDES = {
     "seed": "override 'seed': write it as section.key=value",
     "=3": "override '=3': write it as section.key=value",
-    "seed=[1": "override 'seed=[1': the value is not YAML",
+    "seed=[1": "override 'seed=[1': the value is not YAML; put text with braces or colons in quotes",
     "seed=x": "override 'seed=x': seed: 'x' is not a whole number",
     "rollout.slot=3": "override 'rollout.slot=3': unknown key 'rollout.slot'; did you mean 'slots'?",
     "seed.deep=3": "override 'seed.deep=3': seed: a mapping is not a whole number",

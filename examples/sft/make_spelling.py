@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OPENINGS = ("Sure", "Well", "So", "Okay")
 HELD_OUT = 200
 

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     inference.check_output(arguments.output)
     config = inference.read_config(arguments)
+    if arguments.reward_model or not arguments.post_process:
+        config.data.label_key = ""  # labels are for reward functions
     if not arguments.post_process and (arguments.reward_model or arguments.normalize_reward):
         raise UserError("--reward-model and --normalize-reward are for --post-process; add it, or remove them")
     if arguments.normalize_reward and not arguments.reward_model:

@@ -97,7 +97,9 @@ def _apply_override(root: yaml.MappingNode, override: str) -> None:
     try:
         value = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not YAML") from None
+        raise UserError(
+            f"override {override!r}: the value is not YAML; put text with braces or colons in quotes"
+        ) from None
     if value is None:
         value = yaml.ScalarNode("tag:yaml.org,2002:str", "")  # `output=` is the empty text
     _mark(value, override)

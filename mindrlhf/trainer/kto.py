@@ -71,7 +71,7 @@ class KTOTrainer(ReferencedTrainer):
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
         """Rewards are means over the answers of their kind."""
-        means = {"kl": sums["kl"] / max(sums["answers"], 1.0)}
+        means = {"kl_baseline": sums["kl_baseline"] / max(sums["answers"], 1.0)}
         for kind in ("desirable", "undesirable"):
             if sums[kind]:
                 means[f"rewards_{kind}"] = sums[f"rewards_{kind}"] / sums[kind]

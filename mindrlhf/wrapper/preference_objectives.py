@@ -123,5 +123,5 @@ class JudgementObjective(nn.Cell):
             "undesirable": disliked.sum(),
             "rewards_desirable": (rewards * liked).sum(),
             "rewards_undesirable": (rewards * disliked).sum(),
-            "kl": (kl * (liked + disliked)).sum(),
+            "kl_baseline": (kl * (liked + disliked)).sum(),
         }

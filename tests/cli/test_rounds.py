@@ -36,7 +36,7 @@ def read(path):
 def generate(made, output, *words):
     return run(
         "generate", "--model", made / "model", "--data", made / "rows.jsonl", "--output", output,
-        "num_generations=3", "sampling.max_tokens=6", "data.max_rows=5", "data.label_key=", *words,
+        "num_generations=3", "sampling.max_tokens=6", "data.max_rows=5", *words,
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_mistakes_of_score(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [("generate", "--prompt", "1="), ("eval", "--data", "ROWS"), ("chat",), ("bench", "generate")], ids=str
+    "words", [("generate", "--prompt", "1="), ("eval", "--data", "ROWS"), ("bench", "generate")], ids=str
 )
 def test_a_reward_model_does_not_answer(words, made, capsys):
     name, *rest = (str(made / "rows.jsonl") if word == "ROWS" else word for word in words)
