@@ -10,7 +10,7 @@ demo: venv
 	$(VENV)/bin/mindrlhf grpo --config examples/grpo/arithmetic.yaml
 
 test: lint
-	$(VENV)/bin/pytest -q -m "not slow"
+	$(VENV)/bin/pytest -q -n 2 -m "not slow"
 
 # The examples, each to its end.
 test-slow: venv

@@ -27,7 +27,7 @@ setup(
         "packaging",
     ],
     extras_require={
-        "dev": ["pytest==9.2.0", "ruff==0.17.5", "pre-commit==4.7.0"],
+        "dev": ["pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.5", "pre-commit==4.7.0"],
         "wandb": ["wandb"],
         "swanlab": ["swanlab"],
     },
