@@ -82,6 +82,8 @@ def report(summary: dict[str, Any], output: str) -> str:
         lines += ["", "three held-out problems:"]
         for sample in summary["samples"]:
             lines.append(f"  {sample['prompt']}{sample['completion']}   reward {sample['reward']:g}")
+    if "score_mean" in summary:
+        lines += ["", f"scores: mean {summary['score_mean']:.3f}, deviation {summary['score_std']:.3f}; see scores.png"]
     lines += ["", f"{summary['steps']} steps in {summary['seconds']:.0f} s; metrics, curves.png and tb/ in {output}/"]
     if summary["skipped_updates"]:
         lines.append(f"{summary['skipped_updates']} updates were skipped: a gradient was not finite, see metrics.jsonl")
