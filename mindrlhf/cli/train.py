@@ -76,8 +76,8 @@ def report(summary: dict[str, Any], output: str) -> str:
         lines += ["", f"{'held out':<{width + 18}}{'before':>8}{'after':>8}"]
         for name in names:
             before = summary["before"].get(name)
-            shown = f"{before:8.3f}" if before is not None else f"{'-':>8}"
-            lines.append(f"  {name:<{width + 16}}{shown}{summary['after'][name]:8.3f}")
+            shown = _rounded(before) if before is not None else f"{'-':>8}"
+            lines.append(f"  {name:<{width + 16}}{shown}{_rounded(summary['after'][name])}")
     if summary.get("samples"):
         lines += ["", "three held-out problems:"]
         for sample in summary["samples"]:
@@ -89,3 +89,8 @@ def report(summary: dict[str, Any], output: str) -> str:
         lines.append(f"{summary['skipped_updates']} updates were skipped: a gradient was not finite, see metrics.jsonl")
     lines.append(f"checkpoint: {summary['checkpoint']}")
     return "\n".join(lines)
+
+
+def _rounded(value: float) -> str:
+    """Three digits, and no minus before a zero."""
+    return f"{round(value, 3) + 0.0:8.3f}"

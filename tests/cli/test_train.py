@@ -3,7 +3,7 @@
 from mindrlhf.cli.train import report
 
 SUMMARY = {
-    "steps": 20, "before": {"loss": 0.6931, "accuracy": 0.5}, "after": {"loss": 0.1, "accuracy": 0.9, "new": 1.0},
+    "steps": 20, "before": {"loss": 0.6931, "accuracy": -0.0001}, "after": {"loss": 0.1, "accuracy": 0.9, "new": 1.0},
     "skipped_updates": 0, "seconds": 12.4, "checkpoint": "runs/rm/checkpoints/step-000020",
 }  # fmt: skip
 
@@ -12,7 +12,7 @@ def test_before_and_after():
     lines = report(SUMMARY, "runs/rm").splitlines()
     assert lines[1].split() == ["held", "out", "before", "after"]
     assert [line.split() for line in lines[2:5]] == [
-        ["loss", "0.693", "0.100"], ["accuracy", "0.500", "0.900"], ["new", "-", "1.000"]
+        ["loss", "0.693", "0.100"], ["accuracy", "0.000", "0.900"], ["new", "-", "1.000"]
     ]  # fmt: skip
     assert lines[-2:] == [
         "20 steps in 12 s; metrics, curves.png and tb/ in runs/rm/",
