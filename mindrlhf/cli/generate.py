@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from mindrlhf.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from mindrlhf.cli.inference import Answers
     from mindrlhf.config import InferenceConfig
+    from mindrlhf.types import Prompt
 
 EPILOG = """--post-process writes a data set for the next round of training; it takes num_generations answers a prompt,
 rewarded by --reward-model or by the functions of the config's `rewards`:
@@ -49,8 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"num_generations: {config.num_generations}; iter_dpo compares answers, so 2 or more are needed"
         )
+    reward = _rewarder(arguments, config) if arguments.post_process else None  # before the work: it may be misspelt
     answers = inference.answer(arguments.model, config, arguments.prompt)
-    rows = _selected(arguments, config, answers) if arguments.post_process else _rows(answers)
+    rows = _selected(arguments.post_process, config, answers, reward(answers)) if reward else _rows(answers)
     if arguments.output:
         inference.write_rows(arguments.output, rows)
         what = "rows" if arguments.post_process else "answers"
@@ -79,31 +83,37 @@ def _rows(answers: "Answers") -> list[dict[str, Any]]:
     ]
 
 
-def _selected(arguments: argparse.Namespace, config: "InferenceConfig", answers: "Answers") -> list[dict[str, Any]]:
+def _selected(kind: str, config: "InferenceConfig", answers: "Answers", rewards: "np.ndarray") -> list[dict[str, Any]]:
     from mindrlhf.data.selection import SELECTIONS, RewardedAnswers
 
-    rewards = _rewards(arguments, config, answers)
     count, rows = config.num_generations, []
     for number, prompt in enumerate(answers.prompts):
         span = slice(number * count, (number + 1) * count)
         given = prompt.row[config.data.prompt_key]  # not as the template rendered it: training renders it again
-        rows += SELECTIONS[arguments.post_process](RewardedAnswers(given, answers.texts[span], rewards[span]))
+        rows += SELECTIONS[kind](RewardedAnswers(given, answers.texts[span], rewards[span]))
     return rows
 
 
-def _rewards(arguments: argparse.Namespace, config: "InferenceConfig", answers: "Answers") -> "np.ndarray":
-    """[answers] float, in their order."""
-    import numpy as np
+def _rewarder(arguments: argparse.Namespace, config: "InferenceConfig") -> "Callable[[Answers], np.ndarray]":
+    """From answers to their rewards, [answers] float in their order."""
+    from mindrlhf.utils.parallel import start
+
+    start()
+
+    def repeated(answers: "Answers") -> list["Prompt"]:
+        return [prompt for prompt in answers.prompts for _ in range(config.num_generations)]
 
     if not arguments.reward_model:
         from mindrlhf.rewards import Rewards
 
-        repeated = [prompt for prompt in answers.prompts for _ in range(config.num_generations)]
-        return Rewards.from_config(config.rewards, Path())(repeated, answers.texts)[0]
+        rewards = Rewards.from_config(config.rewards, Path())
+        return lambda answers: rewards(repeated(answers), answers.texts)[0]
     from mindrlhf.trainer.reward_model import RewardModel
-    from mindrlhf.types import Conversation
 
     model = RewardModel.open(arguments.reward_model)
-    whole = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in answers.rollouts]
-    scores = model.scores([Conversation(ids, np.ones(len(ids), bool)) for ids in whole])
-    return model.normalized(scores) if arguments.normalize_reward else scores
+
+    def score(answers: "Answers") -> "np.ndarray":
+        scores = model.score_texts([prompt.text for prompt in repeated(answers)], answers.texts)
+        return model.normalized(scores) if arguments.normalize_reward else scores
+
+    return score

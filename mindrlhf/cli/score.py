@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     data.test = [SourceConfig(path=str(Path(arguments.data).resolve()))]
     first = read_rows(data.test[0].path, 1)[0].values
     paired = data.chosen_key in first and data.rejected_key in first
+    if not data.strict or data.format == "text":
+        raise UserError("every row gets a score, so data.strict stays true and data.format is not text; remove it")
     if paired and data.format != "prompt":
         raise UserError(f"data.format: {data.format} rows have one answer, but {arguments.data} holds pairs; remove it")
     values, rows = _scored_pairs(arguments.model, data) if paired else _scored_answers(arguments.model, data)
@@ -65,8 +67,14 @@ def _scored_pairs(model: str, data: Any) -> tuple[dict[str, float | int], list[d
 
 def _scored_answers(model: str, data: Any) -> tuple[dict[str, float | int], list[dict[str, Any]]]:
     from mindrlhf.data.conversations import read_conversations
+    from mindrlhf.data.readers import read_rows
 
     reward_model, examples = _open(model, data, read_conversations)
+    if len(examples) != len(read_rows(data.test[0].path, data.max_rows)):
+        raise UserError(
+            f"{data.test[0].path}: a conversation has turns that the chat template renders apart, so that it would get "
+            "several scores; keep one assistant turn a row"
+        )
     scores = reward_model.scores(examples)
     values = {"answers": len(examples), "mean": float(scores.mean()), "std": float(scores.std())}
     return values, _rows(data, ("score", "normalized"), (scores, reward_model.normalized(scores)))
@@ -85,7 +93,7 @@ def _open(model: str, data: Any, read: Any) -> tuple[Any, list[Any]]:
 
 
 def _rows(data: Any, names: tuple[str, ...], numbers: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """The file's rows with the scores as further columns; data.strict holds, so that none was skipped."""
+    """The file's rows with the scores as further columns."""
     from mindrlhf.data.readers import read_rows
 
     columns = zip(*(values.tolist() for values in numbers), strict=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mindrlhf.data.templates import checked_messages
+
 CONDITION = " <rm_score>: {reward:.2f} "  # behind the prompt of conditional SFT
 
 
@@ -68,5 +70,5 @@ def _conditioned(prompt: Any, reward: float) -> Any:
     condition = CONDITION.format(reward=reward)
     if isinstance(prompt, str):
         return prompt + condition
-    *before, last = prompt
+    *before, last = checked_messages(prompt, "a prompt")
     return [*before, {**last, "content": last["content"] + condition}]

@@ -79,7 +79,8 @@ class Turns:
             raise UserError(f"{answer.where}: messages need a chat template; set data.apply_chat_template: true")
         messages = checked_messages(answer.value, answer.where)
         if [message["role"] for message in messages] != ["assistant"]:
-            raise UserError(f"{answer.where}: these messages are no answer; write text or one assistant message")
+            problem = f"column {answer.key!r}: these messages are no answer; write text or one assistant message"
+            raise UnusableRow("no assistant turn", problem)
         before = prompt_messages(prompt.value, self.data.system_prompt, prompt.where)
         return self.reply([*before, *messages], answer)
 

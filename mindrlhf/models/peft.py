@@ -4,6 +4,7 @@ The base model is not in it, only named. Source: peft 0.17 `tuners/lora/config.p
 projections are adapted is read from the tensors' names, because adapter_config.json may say it by a regular expression.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,8 +90,9 @@ def read_adapter(directory: Path, config: DecoderConfig) -> SavedAdapter:
             raise UserError(f"{path}: modules_to_save {module!r} is not supported; only 'score' is")
     tensors = read_tensor_file(directory / TENSOR_FILE)
     entries = {name.removeprefix(PREFIX): name for name in tensors}
-    adapted = sorted({tuple(name.split(".")[2:5:2]) for name in entries if name.endswith(A)})
-    layers = {int(layer) for layer, module in adapted if layer.isdigit()}
+    found = (re.fullmatch(rf"model\.layers\.(\d+)\.\w+\.(\w+)\.{re.escape(A)}", name) for name in entries)
+    adapted = {match.groups() for match in found if match}
+    layers = {int(layer) for layer, _ in adapted}
     lora = Lora(
         rank=integer(values, "r", str(path)),
         alpha=number(values, "lora_alpha", str(path)),

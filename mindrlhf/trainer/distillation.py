@@ -14,7 +14,7 @@ from mindrlhf.trainer.supervised import SFTTrainer
 from mindrlhf.types import Conversation, Prompt
 from mindrlhf.wrapper.generator import Generator
 from mindrlhf.wrapper.objectives import DistillationObjective
-from mindrlhf.wrapper.sampling import mix
+from mindrlhf.wrapper.sampling import check_sampling, mix
 
 
 class KDTrainer(SFTTrainer):
@@ -41,6 +41,8 @@ class KDTrainer(SFTTrainer):
                 "distillation.on_policy: kd would also imitate the student's own answers; set distillation.coef=1 or "
                 "distillation.name=gkd"
             )
+        if settings.on_policy:
+            self._check_sampling()
         teacher = open_checkpoint(settings.teacher, head="logits")
         if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
             raise UserError(
@@ -50,6 +52,9 @@ class KDTrainer(SFTTrainer):
         ours, theirs = student.decoder.config.vocab_size, teacher.decoder.config.vocab_size
         if ours != theirs:
             raise UserError(f"distillation.teacher: has {theirs} logits, the student {ours}; both must be one")
+        if teacher.decoder.config.max_positions < self.longest:
+            theirs = teacher.decoder.config.max_positions
+            raise UserError(f"distillation.teacher: has {theirs} positions, {self.longest} are needed; take another")
         return DistillationObjective(student.decoder, teacher.decoder, settings)
 
     def batches(self, split: str, numbers: Sequence[int]) -> list[tuple]:
@@ -57,6 +62,16 @@ class KDTrainer(SFTTrainer):
         if split == TEST or np.random.default_rng((self.config.seed, self.step)).random() >= share:
             return super().batches(split, numbers)
         return self.supervised_batches(self._answered(numbers))
+
+    def _check_sampling(self) -> None:
+        """Before the first step: an on-policy one may come late. Raises UserError."""
+        check_sampling(self.config.sampling)
+        if self.longest > self.policy.decoder.config.max_positions:
+            raise UserError(
+                f"sampling.max_tokens: {self.config.sampling.max_tokens}, with the longest prompt of "
+                f"{self._longest_prompt} tokens, is more than the model's window of "
+                f"{self.policy.decoder.config.max_positions}; lower it"
+            )
 
     def _answered(self, numbers: Sequence[int]) -> list[Conversation]:
         """The prompts of those conversations with answers that today's student samples."""
@@ -75,7 +90,7 @@ class KDTrainer(SFTTrainer):
     @cached_property
     def _generator(self) -> Generator:
         stop = self.policy.stop_ids(self.config.sampling.stop)
-        slots = self.config.training.batch_size
+        slots = min(self.config.training.batch_size, 64)  # they are refilled
         return Generator(self.policy.decoder, slots, self._longest_prompt, self.config.sampling.max_tokens, stop)
 
     @cached_property

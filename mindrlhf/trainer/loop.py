@@ -60,18 +60,28 @@ class Trainer(ABC):
         """Whether the policy, as training starts, is the checkpoint model.path."""
         return bool(self.config.model.path)
 
-    def reference_scorer(self, fresh: bool, temperature: float = 1.0) -> Scorer:
-        """Of model.reference, or of the policy as training started; `fresh` says that it is as it was then."""
+    def reference_scorer(self, fresh: bool, longest: int, temperature: float = 1.0) -> Scorer:
+        """Of model.reference, or of the policy as training started; `fresh` says that it is as it was then.
+
+        longest: tokens of the longest sequence that it will score. Raises UserError where it cannot.
+        """
         model, first = self.config.model, self.checkpoints.path(0)
         if fresh and not model.reference:
             if not self.starts_at_path:
                 self.save_checkpoint()  # step 0: a resumed run takes the reference from it
             return Scorer(Decoder(self.policy.decoder.config, self.policy.decoder.weights), temperature)
         directory = model.reference or (str(first) if first.is_dir() else model.path)
+        if not directory:
+            raise UserError(f"{first}: is gone, and with it the reference policy; start anew with another output=")
         reference = open_checkpoint(directory, head="logits").decoder
-        ours, theirs = self.policy.decoder.config.vocab_size, reference.config.vocab_size
-        if theirs != ours:
-            raise UserError(f"model.reference: {directory} has {theirs} logits, the policy {ours}; they must be one")
+        if reference.lora:  # merged, as a fresh run has it, to the bit
+            reference = Decoder(reference.config, reference.weights)
+        for name, theirs, least in (
+            ("logits", reference.config.vocab_size, self.policy.decoder.config.vocab_size),
+            ("positions", reference.config.max_positions, longest),
+        ):
+            if theirs < least or (name == "logits" and theirs != least):
+                raise UserError(f"model.reference: {directory} has {theirs} {name}, {least} are needed; take another")
         return Scorer(reference, temperature)
 
     def close(self, log: RunLog) -> dict[str, Any]:  # noqa: B027 - a hook
@@ -190,3 +200,27 @@ def mean(values) -> float:
     """Of any numbers; 0 where there are none, so that metrics of an empty batch stay finite."""
     values = np.asarray(values, np.float64)
     return float(values.mean()) if values.size else 0.0
+
+
+def check_numbers(config: GRPOConfig | OfflineConfig, checks: Iterable[tuple[str, Any, bool, str]]) -> None:
+    """Those of the job and those that every job has: (name, value, whether it holds, what it must be).
+
+    Raises UserError.
+    """
+    trainer, optimizer = config.trainer, config.optimizer
+    common = (
+        ("seed", config.seed, config.seed >= 0, "0 or more"),
+        ("trainer.rows", trainer.rows, trainer.rows > 0, "1 or more"),
+        ("trainer.row_tokens", trainer.row_tokens, trainer.row_tokens >= 0, "0 (as needed) or more"),
+        ("trainer.steps", trainer.steps, trainer.steps >= 0, "0 (by epochs) or more"),
+        ("trainer.epochs", trainer.epochs, trainer.epochs > 0, "1 or more"),
+        ("trainer.evaluate_rows", trainer.evaluate_rows, trainer.evaluate_rows >= 0, "0 (all) or more"),
+        ("trainer.evaluate_every", trainer.evaluate_every, trainer.evaluate_every >= 0, "0 (at the ends) or more"),
+        ("trainer.save_every", trainer.save_every, trainer.save_every >= 0, "0 (at the end) or more"),
+        ("optimizer.beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "at least 0 and under 1"),
+        ("optimizer.beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "at least 0 and under 1"),
+        ("optimizer.epsilon", optimizer.epsilon, optimizer.epsilon > 0, "over 0"),
+    )
+    for name, value, holds, expected in (*checks, *common):
+        if not holds:
+            raise UserError(f"{name}: {value} must be {expected}")

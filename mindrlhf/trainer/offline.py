@@ -15,7 +15,7 @@ from mindrlhf.data.packing import Packing
 from mindrlhf.data.prompts import PromptOrder
 from mindrlhf.errors import UserError
 from mindrlhf.schedules import learning_rate
-from mindrlhf.trainer.loop import Trainer
+from mindrlhf.trainer.loop import Trainer, check_numbers
 from mindrlhf.trainer.roles import Policy, open_policy
 from mindrlhf.types import Conversation
 from mindrlhf.utils.logging import RunLog
@@ -30,12 +30,18 @@ class OfflineTrainer(Trainer):
 
     head = "logits"  # what the model needs on top: "logits" or "score"
     unit = "tokens"  # the metric sum that counts what the other sums are means over
+    needs_reference = False
+    has_margins = False
 
     config: OfflineConfig
 
     def __init__(self, config: OfflineConfig, policy: Policy | None = None):
         self.config = config
         _check(config)
+        if config.model.reference and not self.needs_reference:
+            raise UserError("model.reference: this job has no reference policy; remove it")
+        if config.data.margin_key and not self.has_margins:
+            raise UserError("data.margin_key: only reward models have a margin; remove it")
         start()
         self.policy = policy or open_policy(config.model, config.seed, self.head)
         window = self.policy.decoder.config.max_positions
@@ -46,10 +52,11 @@ class OfflineTrainer(Trainer):
             raise UserError("data.train: no file is named; list at least one")
         self.examples = {TRAIN: self.read(config.data.train), TEST: self.read(config.data.test)}
         trained = self.examples[TRAIN]
+        self.policy.add_stop_ids(trained.stop_ids)
         self.order = PromptOrder(trained.sizes, trained.probabilities, config.seed)
         self.objective = self.make_objective()
         dropout = self.policy.decoder.set_dropout
-        self.train_step = TrainStep(self.objective, self.policy.trainable, config.optimizer, dropout)
+        self.train_step = TrainStep(self.objective, self.policy.trainable, config.optimizer, dropout, config.seed)
 
     @abstractmethod
     def read(self, sources: list[SourceConfig]) -> Examples: ...
@@ -83,8 +90,8 @@ class OfflineTrainer(Trainer):
         asked = self.config.trainer.row_tokens
         if asked and self.longest > asked:
             raise UserError(
-                f"trainer.row_tokens: {asked}, but one example can need {self.longest} tokens; raise it (0: as "
-                "needed), or lower training.max_tokens"
+                f"trainer.row_tokens: {asked}, but one example can need {self.longest} tokens; raise it, or "
+                "set it to 0: as needed"
             )
         return asked or max(64, -(-self.longest // 8) * 8)
 
@@ -147,16 +154,11 @@ class OfflineTrainer(Trainer):
 
 def _check(config: OfflineConfig) -> None:
     """What no single field shows. Raises UserError."""
-    training, trainer = config.training, config.trainer
+    training = config.training
     checks = (
         ("training.batch_size", training.batch_size, training.batch_size > 0, "1 or more"),
         ("training.learning_rate", training.learning_rate, training.learning_rate > 0, "over 0"),
+        ("training.warmup_steps", training.warmup_steps, training.warmup_steps >= 0, "0 (none) or more"),
         ("training.max_tokens", training.max_tokens, training.max_tokens >= 0, "0 (the model's window) or more"),
-        ("trainer.rows", trainer.rows, trainer.rows > 0, "1 or more"),
-        ("trainer.row_tokens", trainer.row_tokens, trainer.row_tokens >= 0, "0 (the longest example) or more"),
-        ("trainer.steps", trainer.steps, trainer.steps >= 0, "0 (by epochs) or more"),
-        ("seed", config.seed, config.seed >= 0, "0 or more"),
     )
-    for name, value, holds, expected in checks:
-        if not holds:
-            raise UserError(f"{name}: {value} must be {expected}")
+    check_numbers(config, checks)

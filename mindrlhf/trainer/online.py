@@ -17,7 +17,7 @@ from mindrlhf.errors import UserError
 from mindrlhf.rewards import Rewards
 from mindrlhf.schedules import learning_rate
 from mindrlhf.trainer.algorithms import resolve
-from mindrlhf.trainer.loop import Trainer, mean
+from mindrlhf.trainer.loop import Trainer, check_numbers, mean
 from mindrlhf.trainer.roles import Policy, open_policy
 from mindrlhf.trainer.supervised import SFTTrainer
 from mindrlhf.types import PolicyBatch, Prompt, Rollout
@@ -219,7 +219,12 @@ class OnlineTrainer(Trainer):
         if self.config.warmup.steps:
             self._warm_up(log)
         if self.algorithm.kl_coef:
-            self.scorer = self.reference_scorer(fresh=True, temperature=self.algorithm.loss.temperature)
+            self.scorer = self._reference_scorer(fresh=True)
+
+    def _reference_scorer(self, fresh: bool) -> Scorer:
+        rollout = self.config.rollout
+        longest = rollout.max_prompt_tokens + rollout.sampling.max_tokens
+        return self.reference_scorer(fresh, longest, self.algorithm.loss.temperature)
 
     @property
     def starts_at_path(self) -> bool:
@@ -273,7 +278,7 @@ class OnlineTrainer(Trainer):
     def load_state(self, state: dict[str, Any]) -> None:
         self.order.load_state(state["order"])
         if self.algorithm.kl_coef:
-            self.scorer = self.reference_scorer(fresh=False, temperature=self.algorithm.loss.temperature)
+            self.scorer = self._reference_scorer(fresh=False)
 
     @property
     def row_tokens(self) -> int:
@@ -321,16 +326,14 @@ def _check(config: GRPOConfig) -> None:
          "over 0: greedy answers have no distribution to train on"),
         ("rollout.sampling.repetition_penalty", rollout.sampling.repetition_penalty,
          rollout.sampling.repetition_penalty == 1, "1: training would not know of the penalty"),
+        ("model.lora.dropout", config.model.lora.dropout, config.model.lora.dropout == 0,
+         "0: the ratio would not be 1 on policy"),
         ("algorithm.learning_rate", algorithm.learning_rate, algorithm.learning_rate > 0, "over 0"),
         ("algorithm.epochs_per_rollout", algorithm.epochs_per_rollout, algorithm.epochs_per_rollout > 0, "1 or more"),
         ("algorithm.updates_per_epoch", algorithm.updates_per_epoch, algorithm.updates_per_epoch > 0, "1 or more"),
-        ("trainer.rows", trainer.rows, trainer.rows > 0, "1 or more"),
-        ("trainer.steps", trainer.steps, trainer.steps >= 0, "0 (by epochs) or more"),
-        ("seed", config.seed, config.seed >= 0, "0 or more"),
+        ("algorithm.warmup_steps", algorithm.warmup_steps, algorithm.warmup_steps >= 0, "0 (none) or more"),
     )  # fmt: skip
-    for name, value, holds, expected in checks:
-        if not holds:
-            raise UserError(f"{name}: {value} must be {expected}")
+    check_numbers(config, checks)
     window = rollout.max_prompt_tokens + rollout.sampling.max_tokens
     if trainer.row_tokens and trainer.row_tokens < window:
         raise UserError(

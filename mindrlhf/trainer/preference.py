@@ -15,6 +15,7 @@ from mindrlhf.data.examples import Examples
 from mindrlhf.data.preferences import read_preferences
 from mindrlhf.errors import UserError
 from mindrlhf.losses import PREFERENCE_LOSSES
+from mindrlhf.models.peft import is_adapter
 from mindrlhf.trainer.offline import TEST, TRAIN, OfflineTrainer
 from mindrlhf.trainer.reference import ADAPTER_OFF, CACHED, Reference
 from mindrlhf.trainer.reward_model import RewardModel, ending
@@ -57,6 +58,12 @@ class RewardTrainer(PreferenceTrainer):
 
     config: RewardConfig
     head, unit, batch_type, together, shift = "score", "pairs", PairBatch, 2, 0
+    has_margins = True
+
+    def __init__(self, config: RewardConfig, policy: Policy | None = None):
+        super().__init__(config, policy)
+        # Answers are scored at the token that ended them in training, whatever else may end an answer.
+        self.policy.generation_config["eos_token_id"] = list(self.examples[TRAIN].stop_ids)
 
     def read(self, sources: list[SourceConfig]) -> Examples[Preference]:
         return read_preferences(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
@@ -70,8 +77,8 @@ class RewardTrainer(PreferenceTrainer):
     def save_checkpoint(self, state: dict[str, Any] | None = None) -> Path:
         """With the mean and standard deviation of the held-out answers' scores, for normalize_reward."""
         decoder = self.policy.decoder
-        scores = self.held_out_scores()
-        decoder.config = replace(decoder.config, score_mean=float(scores.mean()), score_std=float(scores.std()))
+        mean, deviation = (float(value) for value in statistics(self.held_out_scores()))
+        decoder.config = replace(decoder.config, score_mean=mean, score_std=deviation)
         return super().save_checkpoint(state)
 
     def held_out_scores(self) -> np.ndarray:
@@ -95,6 +102,12 @@ class RewardTrainer(PreferenceTrainer):
         return {**pair_weights(len(numbers)), "margin": np.repeat(margins, 2), "ref_logprobs": [0.0] * 2 * len(numbers)}
 
 
+def statistics(scores: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation; 0 and 1, which change nothing, where all are equal or one is not finite."""
+    mean, deviation = scores.mean(), scores.std()
+    return (mean, deviation) if np.isfinite(deviation) and deviation > 0 else (0.0, 1.0)
+
+
 def pair_weights(pairs: int) -> dict[str, np.ndarray]:
     """The mean over pairs; the loss takes a pair's weight from its chosen answer."""
     return {"weight": np.full(2 * pairs, 1 / pairs, np.float32)}
@@ -104,16 +117,19 @@ class ReferencedTrainer(PreferenceTrainer):
     """What the DPO family and KTO share: answers that are held against a reference policy."""
 
     config: DPOConfig | KTOConfig
+    needs_reference = True
 
     def __init__(self, config: DPOConfig | KTOConfig, policy: Policy | None = None):
         if config.loss.beta <= 0:
             raise UserError(f"loss.beta: {config.loss.beta} must be over 0")
         super().__init__(config, policy)
-        if config.loss.reference == ADAPTER_OFF:
+        if config.loss.reference == ADAPTER_OFF and self.needs_reference:
             if self.policy.decoder.lora is None:
                 raise UserError("loss.reference: adapter_off needs adapters: set model.lora.rank, or use cached")
             if config.model.reference:
                 raise UserError("loss.reference: adapter_off takes the base model: remove model.reference")
+            if is_adapter(Path(config.model.path)):
+                raise UserError("loss.reference: adapter_off is the base, but model.path is an adapter; use cached")
         self.policy_scorer = Scorer(self.policy.decoder, 1.0)
         self.reference = Reference(self.answers(), self.pack)
 
@@ -122,8 +138,6 @@ class ReferencedTrainer(PreferenceTrainer):
         return {
             split: [self.sequences(example) for example in examples.items] for split, examples in self.examples.items()
         }
-
-    needs_reference = True
 
     def prepare(self, log: RunLog) -> None:
         self._start_reference(fresh=True)
@@ -143,7 +157,8 @@ class ReferencedTrainer(PreferenceTrainer):
         elif mode == CACHED and fresh and not self.config.model.reference:
             reference.scorer = self.policy_scorer  # as training starts, they are the same
         else:
-            reference.scorer = self.reference_scorer(fresh)
+            longest = max(len(one.ids) for every in self.reference.answers.values() for some in every for one in some)
+            reference.scorer = self.reference_scorer(fresh, longest)
         if mode == CACHED and reference.cache is None:
             reference.fill_cache(self.output)
 

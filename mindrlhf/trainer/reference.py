@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from mindrlhf.wrapper.scorer import Scorer
 
 CACHED, LIVE, ADAPTER_OFF = "cached", "live", "adapter_off"
 CACHE_FILE = "reference_logprobs.npz"
+SCORED_TOGETHER = 2048  # examples
 
 Pack = Callable[[Sequence[Conversation]], Packing]
 
@@ -52,7 +54,11 @@ class Reference:
 
     def fill_cache(self, directory: Path) -> None:
         """By one pass over every answer; the scorer is let go."""
-        cache = {name: self.logprobs(name, range(len(answers))) for name, answers in self.answers.items()}
+        cache = {}
+        for name, answers in self.answers.items():  # packed in parts: all of a large data set would need much memory
+            starts = range(0, max(len(answers), 1), SCORED_TOGETHER)
+            parts = [self.logprobs(name, range(i, min(i + SCORED_TOGETHER, len(answers)))) for i in starts]
+            cache[name] = np.concatenate(parts)
         self.cache, self.scorer = cache, None
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / f"{PARTIAL}{CACHE_FILE}"
@@ -65,13 +71,17 @@ class Reference:
         path = directory / CACHE_FILE
         if not path.is_file():
             return False
-        with np.load(path) as file:
-            if str(file["digest"]) != self._digest():
-                raise UserError(
-                    f"{path}: is of other answers than the data files hold now; restore the files, or set output= to "
-                    "another directory"
-                )
-            self.cache = {name: file[name] for name in self.answers}
+        try:
+            with np.load(path) as file:
+                digest, cache = str(file["digest"]), {name: file[name] for name in self.answers}
+        except (OSError, ValueError, KeyError, BadZipFile):
+            raise UserError(f"{path}: is not whole; remove it where model.path or model.reference is set") from None
+        if digest != self._digest():
+            raise UserError(
+                f"{path}: is of other answers than the data files hold now; restore the files, or set output= to "
+                "another directory"
+            )
+        self.cache = cache
         return True
 
     def _digest(self) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from mindrlhf.data.packing import Packing
+from mindrlhf.data.tokenizers import encode
+from mindrlhf.data.turns import end_of_sequence, join
 from mindrlhf.errors import UserError
 from mindrlhf.trainer.roles import Policy, open_checkpoint
 from mindrlhf.types import Conversation
@@ -36,6 +38,20 @@ class RewardModel:
         endings = [ending(answer) for answer in answers]
         packing = Packing.of([e.ids for e in endings], [e.trained for e in endings], self.rows, width, shift=0)
         return np.concatenate(packing.collect(self.head.score(packing.batches)))
+
+    def score_texts(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        """[answers] float32 of answers as text to rendered prompts, by this model's own tokenizer, each with the stop
+        token that its training had. Raises UserError for what its window does not hold."""
+        tokenizer, window = self.policy.tokenizer, self.policy.decoder.config.max_positions
+        ends = self.policy.generation_config.get("eos_token_id")
+        stop = ends[0] if isinstance(ends, list) and ends else end_of_sequence(tokenizer)
+        ids = encode(tokenizer, [*prompts, *answers])
+        conversations = [join(*pair, stop) for pair in zip(ids[: len(prompts)], ids[len(prompts) :], strict=True)]
+        longest = max((len(conversation.ids) for conversation in conversations), default=0)
+        if longest > window:
+            problem = f"a prompt with its answer is {longest} tokens, the reward model's window is {window}"
+            raise UserError(f"--reward-model: {problem}; lower sampling.max_tokens")
+        return self.scores(conversations)
 
     def normalized(self, scores: np.ndarray) -> np.ndarray:
         """(score - mean) / std, of the evaluation set that the checkpoint remembers."""

@@ -103,10 +103,10 @@ def open_checkpoint(
     found = found.with_head(head or found.config.head)
     config, saved = found.config, found.adapter
     if saved:
-        if lora and lora.rank not in (0, saved.lora.rank):
+        if lora and lora != LoraConfig():
             raise UserError(
-                f"model.lora.rank: {lora.rank}, but {directory} holds an adapter of rank {saved.lora.rank}; set 0 "
-                "to go on with that, or merge it first (mindrlhf merge-lora)"
+                f"model.lora: {directory} holds an adapter of rank {saved.lora.rank} with its own settings; remove the "
+                "section to go on with that, or merge it first (mindrlhf merge-lora)"
             )
         settings, adapter = saved.lora, saved.tensors.__getitem__
     else:

@@ -53,9 +53,7 @@ class SFTTrainer(SupervisedTrainer):
     config: SFTConfig
 
     def read(self, sources: list[SourceConfig]) -> Examples[Conversation]:
-        examples = read_conversations(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
-        self.policy.add_stop_ids(examples.stop_ids)
-        return examples
+        return read_conversations(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
 
     def make_objective(self) -> nn.Cell:
         return SupervisedObjective(self.policy.decoder)

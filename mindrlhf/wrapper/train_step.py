@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindrlhf.config import OptimizerConfig
 from mindrlhf.models import cpu_kernels
 from mindrlhf.utils.memory import give_back
+from mindrlhf.wrapper.sampling import mix
 
 _own = cpu_kernels.PRIMITIVES  # on a CPU; without them both cells below need a copy of the largest parameter
 _has_own = _own is not None
@@ -104,10 +105,12 @@ class TrainStep:
         parameters: Sequence[Parameter],
         optimizer: OptimizerConfig,
         set_dropout: Callable[[int], None] | None = None,
+        seed: int = 0,
     ):
-        """set_dropout: called with another seed before each micro-batch, and with 0, which is off, behind the last."""
+        """set_dropout: called before each micro-batch, with a hash of seed, step and its number, and with 0, which is
+        off, behind the last."""
         self.optimizer = optimizer
-        self.set_dropout = set_dropout
+        self.set_dropout, self.seed = set_dropout, seed
         self.parameters = ms.ParameterTuple(parameters)
         self.names = [parameter.name for parameter in parameters]
         self._buffers = self.parameters.clone(prefix="gradient", init="zeros")
@@ -145,7 +148,7 @@ class TrainStep:
         loss, metrics = 0.0, {}
         for number, batch in enumerate(batches):
             if self.set_dropout and dropout:
-                self.set_dropout(1 + (self.updates * len(batches) + number) % (2**31 - 2))
+                self.set_dropout(1 + int(mix(self.seed, self.updates, number)) % (2**31 - 2))
             micro_loss, names, sums = cell(*(Tensor(array) for array in batch))
             loss += float(micro_loss.asnumpy())
             for name, value in zip(names, sums, strict=True):

@@ -73,6 +73,14 @@ def test_the_best_are_the_best_by_the_reward_model(made, tmp_path):
         assert (pair["chosen_reward"], pair["rejected_reward"]) == (max(rewards), min(rewards))
 
 
+def test_rewards_are_what_score_gives_to_the_written_rows(made, tmp_path):
+    """Answers that were cut, too: each is scored with its stop token."""
+    generate(made, tmp_path / "best.jsonl", "--post-process", "rs", "--reward-model", made / "reward_model")
+    run("score", "--model", made / "reward_model", "--data", tmp_path / "best.jsonl", "--output", tmp_path / "scored")
+    for row in read(tmp_path / "scored"):
+        assert row["score"] == pytest.approx(row["reward"], abs=1e-5)
+
+
 def test_rewards_of_functions(made, tmp_path):
     (tmp_path / "mine.py").write_text("def short(completions, **_):\n    return [-len(c) for c in completions]\n")
     rewards = f"rewards=[{{function: {tmp_path}/mine.py:short}}]"
@@ -118,7 +126,8 @@ def test_mistakes_of_score(made, tmp_path, capsys):
         ((*model, "--output", tmp_path / "there"), "exists already"),
         (("score", "--model", made / "model", "--data", made / "rows.jsonl"), "not a reward model"),
         ((*model, "data.chosen_key=none", "data.response_key=answer"), "no column 'answer'"),
-        ((*model, "data.format=text"), "data.format: text rows have one answer"),
+        ((*model, "data.format=text"), "every row gets a score, so data.strict stays true and data.format is not text"),
+        ((*model, "data.strict=false"), "every row gets a score"),
     ):
         assert run(*words) == 2
         error = capsys.readouterr().err

@@ -20,6 +20,8 @@ def test_conditional_sft_tells_the_reward_behind_the_prompt():
     rows = SELECTIONS["csft"](group([1.0, 0.0, 0.0], messages))
     assert rows[0]["prompt"] == [messages[0], {"role": "user", "content": "2+2= <rm_score>: 1.00 "}]
     assert messages[1]["content"] == "2+2="
+    shared = [{"from": "human", "value": "2+2="}]
+    assert SELECTIONS["csft"](group([1.0, 0.0, 0.0], shared))[0]["prompt"][0]["content"] == "2+2= <rm_score>: 1.00 "
 
 
 def test_iterative_dpo_sets_the_best_against_the_worst():

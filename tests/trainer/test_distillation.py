@@ -60,9 +60,23 @@ def test_on_policy_steps_train_on_the_students_answers(make_stage, monkeypatch):
 
 
 def test_answers_that_do_not_fit_the_window(make_stage):
-    trainer = make_stage("kd", *GKD, "distillation.on_policy=1", "sampling.max_tokens=64", "trainer.row_tokens=0")
-    with pytest.raises(UserError, match="max_tokens 64 is over the model's window of 64"):
-        losses(trainer, 1)
+    """Told before the first step."""
+    with pytest.raises(UserError, match="sampling.max_tokens: 64, with the longest prompt of . tokens, is more than"):
+        make_stage("kd", *GKD, "distillation.on_policy=1", "sampling.max_tokens=64", "trainer.row_tokens=0")
+    with pytest.raises(UserError, match="sampling.temperature: -1"):
+        make_stage("kd", *GKD, "distillation.on_policy=1", "sampling.max_tokens=8", "sampling.temperature=-1")
+
+
+def test_a_teacher_with_a_shorter_window(make_stage, tmp_path, stage_rows):
+    from mindrlhf.config import BuildConfig
+    from mindrlhf.trainer.roles import build
+    from tests.trainer.stages import DECODER
+
+    build(BuildConfig({**DECODER, "max_position_embeddings": 4}, 300, [str(stage_rows)]), 7).write(tmp_path / "short")
+    with pytest.raises(UserError, match="distillation.teacher: has 4 positions, .* are needed"):
+        make_stage("kd", f"distillation.teacher={tmp_path / 'short'}")
+    with pytest.raises(UserError, match="short has 4 positions, .* are needed"):
+        make_stage("dpo", f"model.reference={tmp_path / 'short'}").prepare(None)
 
 
 def test_a_teacher_with_another_vocabulary(make_stage, tmp_path, stage_rows):

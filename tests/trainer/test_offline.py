@@ -119,6 +119,12 @@ MISTAKES = {
     "share": ("kd", ["distillation.on_policy=2"], "distillation.on_policy: 2.0 is not a share"),
     "beta": ("dpo", ["loss.beta=0"], "loss.beta: 0.0 must be over 0"),
     "temperature": ("kd", ["distillation.temperature=0"], "distillation.temperature: 0.0 must be over 0"),
+    "no reference": ("sft", ["model.reference=TEACHER"], "model.reference: this job has no reference policy"),
+    "none for simpo": ("dpo", ["loss.name=simpo", "model.reference=TEACHER"], "this job has no reference policy"),
+    "no margin": ("dpo", ["data.margin_key=score"], "data.margin_key: only reward models have a margin"),
+    "beta1": ("sft", ["optimizer.beta1=1"], "optimizer.beta1: 1.0 must be at least 0 and under 1"),
+    "evaluate": ("sft", ["trainer.evaluate_rows=-1"], "trainer.evaluate_rows: -1 must be 0 (all) or more"),
+    "epochs": ("sft", ["trainer.epochs=0"], "trainer.epochs: 0 must be 1 or more"),
     "placeholder": ("prm", ["steps.placeholder=two tokens"], "steps.placeholder: 'two tokens' is"),
 }
 

@@ -1,13 +1,14 @@
 """Reward models, the DPO family and KTO: where they begin, their references, what they leave behind."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mindrlhf.errors import UserError
 from mindrlhf.losses import PREFERENCE_LOSSES
-from tests.trainer.stages import losses
+from tests.trainer.stages import DECODER, losses, weights
 
 # At the start policy and reference are one, so D = 0. simpo and orpo have no reference and begin anywhere.
 FIRST = {
@@ -84,6 +85,74 @@ def test_a_cache_of_other_answers_is_refused(make_stage):
     second.reference.answers["train"][0][0].ids[0] += 1  # as if the file had been edited
     with pytest.raises(UserError, match="reference_logprobs.npz: is of other answers than the data files hold now"):
         second.fit()
+
+
+@pytest.mark.parametrize("whole", [b"not a cache", None])
+def test_a_broken_cache(whole, make_stage, tmp_path):
+    make_stage("dpo", "trainer.steps=2").fit()
+    path = tmp_path / "run" / "reference_logprobs.npz"
+    if whole is None:
+        path.unlink()
+    else:
+        path.write_bytes(whole)
+    with pytest.raises(UserError, match="is not whole; remove it" if whole else "is gone, and with it the reference"):
+        make_stage("dpo", "trainer.steps=4").fit()
+
+
+def test_the_cache_is_filled_in_parts(make_stage, monkeypatch):
+    from mindrlhf.trainer import reference
+
+    whole, parts = make_stage("dpo", output="a"), make_stage("dpo", output="b")
+    whole.prepare(None)
+    monkeypatch.setattr(reference, "SCORED_TOGETHER", 3)
+    parts.prepare(None)
+    for name, values in whole.reference.cache.items():
+        assert values.shape == (20, 2) and parts.reference.cache[name] == pytest.approx(values, abs=1e-5)
+
+
+def test_a_live_reference_of_an_adapter_is_resumed_to_the_bit(make_stage):
+    lora = ("model.path=TEACHER", "model.lora.rank=2", "training.learning_rate=1e-2")
+    adapter = make_stage("sft", *lora, "data.response_key=chosen", "trainer.steps=5", output="adapter").fit()
+    options = (f"model.path={adapter['checkpoint']}", "loss.reference=live", "training.schedule=constant")
+    whole = make_stage("dpo", *options, "trainer.steps=4", output="whole")
+    whole.fit()
+    make_stage("dpo", *options, "trainer.steps=2").fit()
+    resumed = make_stage("dpo", *options, "trainer.steps=4")
+    resumed.fit()
+    for name, array in weights(whole).items():
+        assert np.array_equal(array, weights(resumed)[name]), name
+    with pytest.raises(UserError, match="adapter_off is the base, but model.path is an adapter"):
+        make_stage("dpo", options[0], "loss.reference=adapter_off")
+
+
+def test_the_stop_token_that_was_trained_ends_answers(make_stage, tmp_path):
+    """Of a chat template that ends turns with another token than the tokenizer's end of text."""
+    from tests.checkpoints import CHAT_TEMPLATE
+
+    rows = tmp_path / "chats.jsonl"
+    asked = {"role": "user", "content": "1="}
+    pair = {
+        name: [asked, {"role": "assistant", "content": text}] for name, text in (("chosen", "a"), ("rejected", "b"))
+    }
+    rows.write_text(json.dumps(pair) + "\n")
+    options = (
+        f"model.build.chat_template={json.dumps(CHAT_TEMPLATE)}", f"data.train=[{{path: {rows}}}]", "data.test=[]",
+        "data.apply_chat_template=true", "trainer.steps=1", "trainer.row_tokens=0", "model.build.decoder="
+        + json.dumps({**DECODER, "max_position_embeddings": 512}),
+    )  # fmt: skip
+    for stage, own in (("dpo", ["loss.name=orpo"]), ("rm", ["data.margin_key="])):
+        trainer = make_stage(stage, *options, *own, output=stage)
+        end = trainer.policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        written = json.loads((Path(trainer.fit()["checkpoint"]) / "generation_config.json").read_text())
+        assert end in written["eos_token_id"]
+        if stage == "rm":
+            assert written["eos_token_id"] == [end]
+
+
+def test_a_reward_model_of_equal_scores_can_be_saved(make_stage, tmp_path):
+    path = make_stage("rm").save_checkpoint()
+    config = json.loads((path / "config.json").read_text())
+    assert (config["score_mean"], config["score_std"]) == (0.0, 1.0)
 
 
 def test_a_reward_model_remembers_its_scores(make_stage, tmp_path):

@@ -96,7 +96,7 @@ def test_training_goes_on_with_a_written_adapter(language_model, tmp_path):
     reward = open_policy(model, 1, head="score")
     assert [p.name for p in reward.trainable][-1] == "score.weight"
     model.lora.rank = 5
-    with pytest.raises(UserError, match="model.lora.rank: 5, but .* holds an adapter of rank 2; set 0 to go on"):
+    with pytest.raises(UserError, match="model.lora: .* holds an adapter of rank 2 with its own settings; remove"):
         open_policy(model, 1)
     with pytest.raises(UserError, match="model.train_layers: with adapters no layers are trained"):
         open_policy(ModelConfig(path=str(tmp_path / "adapter"), train_layers=[0]), 1)
