@@ -61,10 +61,10 @@ A job is a YAML file, with overrides behind it on the command line:
 mindrlhf grpo --config examples/grpo/arithmetic.yaml algorithm.learning_rate=1e-5 trainer.steps=50
 ```
 
-- A key that does not exist, a value of another type and a key that is set twice are errors: one line with file, line
-  and field, exit code 2. A misspelt key is answered with the nearest one.
-- An override is `section.key=value`. The value is YAML: `data.train='[{path: a.jsonl}, {path: b.jsonl}]'`. A list is
-  replaced as a whole. `key=` sets the empty text.
+- A key that does not exist, a value of another type and a key that a YAML sets twice are errors: one line with file,
+  line and field, exit code 2. A misspelt key is answered with the nearest one.
+- An override is `section.key=value`; of two for one key the last counts. The value is YAML:
+  `data.train='[{path: a.jsonl}, {path: b.jsonl}]'`. A list is replaced as a whole. `key=` sets the empty text.
 - A *path* in a YAML is relative to the YAML, a path in an override to where you are.
 - `1e-5` is a number here, as in YAML 1.2.
 - The run writes the whole configuration, defaults included, to `config.yaml` in its output directory.

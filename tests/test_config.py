@@ -195,7 +195,7 @@ def test_value_may_hold_an_equals_sign(load):
 BAD_OVERRIDES = {
     "seed": "override 'seed': write it as section.key=value",
     "=3": "override '=3': write it as section.key=value",
-    "seed=[1": "override 'seed=[1': the value is not YAML; put text with braces or colons in quotes",
+    "seed=[1": "override 'seed=[1': the value is not YAML; text such as @ or a: b needs quotes of its own, key='\"@\"'",
     "seed=x": "override 'seed=x': seed: 'x' is not a whole number",
     "rollout.slot=3": "override 'rollout.slot=3': unknown key 'rollout.slot'; did you mean 'slots'?",
     "seed.deep=3": "override 'seed.deep=3': seed: a mapping is not a whole number",
@@ -220,3 +220,10 @@ def test_a_section_that_is_given_in_part_keeps_the_jobs_defaults(load, tmp_path)
     assert load_config(SFTConfig, path).data.strict is SFTConfig().data.strict is False
     assert load_config(SFTConfig, path, ["data.strict=true"]).data.strict is True
     assert load_config(GRPOConfig, path).data.strict is True
+
+
+def test_a_run_of_another_job_is_called_that():
+    from mindrlhf.config import DPOConfig, KTOConfig, difference
+
+    there, here = config_to_yaml(KTOConfig()), config_to_yaml(DPOConfig())
+    assert difference(there, here, []).startswith("of another job or version: loss.desirable_weight, loss.gamma")

@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `mindrlhf env | head`: nobody reads any more, and Python's own flush must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print("mindrlhf: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["mindrlhf: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
 
 

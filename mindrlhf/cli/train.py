@@ -61,7 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
     config = configurations.load_config(getattr(configurations, job.config), arguments.config, arguments.overrides)
     module, _, name = job.trainer.partition(":")
     trainer = getattr(importlib.import_module(module), name)(config)
-    print(report(trainer.fit(), config.output))
+    try:
+        print(report(trainer.fit(), config.output))
+    except KeyboardInterrupt:
+        steps = trainer.checkpoints.steps()
+        saved = f"the same command goes on from step {steps[-1]}" if steps else "nothing saved: see trainer.save_every"
+        raise KeyboardInterrupt(saved) from None
     return 0
 
 

@@ -56,6 +56,8 @@ def difference(there: str, here: str, ignored: typing.Sequence[str]) -> str:
     ignored: dotted names, or prefixes that end in a dot.
     """
     flat_there, flat_here = _flatten(yaml.safe_load(there)), _flatten(yaml.safe_load(here))
+    if odd := sorted(flat_there.keys() ^ flat_here.keys()):
+        return f"of another job or version: {', '.join(odd[:3])} {'is' if len(odd) == 1 else 'are'} not in both"
     changed = [
         f"{name}: {flat_there.get(name)!r} there, {flat_here.get(name)!r} here"
         for name in sorted({*flat_there, *flat_here})
@@ -97,9 +99,8 @@ def _apply_override(root: yaml.MappingNode, override: str) -> None:
     try:
         value = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise UserError(
-            f"override {override!r}: the value is not YAML; put text with braces or colons in quotes"
-        ) from None
+        fix = "text such as @ or a: b needs quotes of its own, key='\"@\"'"
+        raise UserError(f"override {override!r}: the value is not YAML; {fix}") from None
     if value is None:
         value = yaml.ScalarNode("tag:yaml.org,2002:str", "")  # `output=` is the empty text
     _mark(value, override)

@@ -26,7 +26,7 @@ class LoraConfig:
     rank: int = 0  # 0: off
     alpha: float = 16.0
     dropout: float = 0.0  # share of an adapter's inputs that a training step leaves out
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])  # projections of a layer by name
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])  # projections, or [all-linear]
     layers: list[int] = field(default_factory=list)  # numbers of the adapted layers, from 0; empty: all
 
 
@@ -183,7 +183,7 @@ class StepRewardConfig:
 @dataclass
 class DistillationConfig:
     teacher: PathText = ""  # checkpoint of the teacher, which must have the student's vocabulary
-    name: Literal["kd", "gkd"] = "kd"  # (1 - coef) CE + coef forward KL; or GKD's generalised divergence alone
+    name: Literal["kd", "gkd"] = "kd"  # (1 - coef) CE + coef CE to the teacher; or GKD's divergence alone
     coef: float = 0.4  # kd: weight of the teacher against the data
     beta: float = 0.5  # gkd: 0 forward KL, 1 reverse KL, between them the divergence from the mixture
     temperature: float = 1.0  # of both distributions

@@ -78,7 +78,9 @@ def read_examples(
                 items += finished
                 stop_ids.update(drafted.stop_ids)
         if len(items) == before:
-            raise UserError(f"{path}: every row was skipped: {unusable.skipped}; mend the rows or remove the file")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in unusable.skipped.items())
+            fix = "mend the rows, remove the file, or raise training.max_tokens where they are too long"
+            raise UserError(f"{path}: every row was skipped: {reasons}; {fix}")
         sizes.append(len(items) - before)
         skipped.update(unusable.skipped)
     if skipped:

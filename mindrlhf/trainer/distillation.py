@@ -18,7 +18,9 @@ from mindrlhf.wrapper.sampling import check_sampling, mix
 
 
 class KDTrainer(SFTTrainer):
-    """Learns the data's answers and a teacher's distribution over them. KDTrainer(KDConfig()).fit()
+    """Learns the data's answers and a teacher's distribution over them.
+
+    KDTrainer(load_config(KDConfig, "job.yaml")).fit()
 
     distillation.name kd: (1 - coef) CE + coef KD (Hinton et al. 2015, arXiv 1503.02531); gkd: the generalised
     divergence (arXiv 2306.13649). In a share distillation.on_policy of the steps the student answers the prompts itself

@@ -10,6 +10,7 @@ from mindrlhf.config import KTOConfig, SourceConfig
 from mindrlhf.data.examples import Examples
 from mindrlhf.data.judgements import mismatched, read_judgements
 from mindrlhf.data.preferences import read_preferences
+from mindrlhf.errors import UserError
 from mindrlhf.trainer.preference import ReferencedTrainer
 from mindrlhf.trainer.reference import answer_logprobs
 from mindrlhf.types import Conversation, Judgement, JudgementBatch, Preference
@@ -17,7 +18,7 @@ from mindrlhf.wrapper.preference_objectives import JudgementObjective
 
 
 class KTOTrainer(ReferencedTrainer):
-    """Kahneman-Tversky optimisation, arXiv 2402.01306. KTOTrainer(KTOConfig()).fit()
+    """Kahneman-Tversky optimisation, arXiv 2402.01306. KTOTrainer(load_config(KTOConfig, "job.yaml")).fit()
 
     The baseline K, the KL to the reference, is over the whole optimizer step and is data for it, without gradient.
     kto: max(mean of policy - ref over mismatched answers, 0), an answer given to another example's prompt, drawn once.
@@ -33,7 +34,10 @@ class KTOTrainer(ReferencedTrainer):
 
     def read(self, sources: list[SourceConfig]) -> Examples[Judgement] | Examples[Preference]:
         read = read_preferences if self.paired else read_judgements
-        return read(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
+        examples = read(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
+        if not self.paired and len(examples) == 1:
+            raise UserError("data: KTO compares a prompt with another row's answer; one row is not enough")
+        return examples
 
     def sequences(self, example: Judgement | Preference) -> list[Conversation]:
         return [example.chosen, example.rejected] if self.paired else [example.answer]

@@ -4,7 +4,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from mindspore import nn
@@ -37,7 +37,10 @@ class OfflineTrainer(Trainer):
 
     def __init__(self, config: OfflineConfig, policy: Policy | None = None):
         self.config = config
-        _check(config)
+        expected = get_type_hints(type(self))["config"]
+        if not isinstance(config, expected):
+            raise UserError(f"{type(self).__name__} takes a {expected.__name__}, not a {type(config).__name__}")
+        self.check()
         if config.model.reference and not self.needs_reference:
             raise UserError("model.reference: this job has no reference policy; remove it")
         if config.data.margin_key and not self.has_margins:
@@ -57,6 +60,17 @@ class OfflineTrainer(Trainer):
         self.objective = self.make_objective()
         dropout = self.policy.decoder.set_dropout
         self.train_step = TrainStep(self.objective, self.policy.trainable, config.optimizer, dropout, config.seed)
+
+    def check(self) -> None:
+        """What no single field of the config shows. Raises UserError."""
+        training = self.config.training
+        checks = (
+            ("training.batch_size", training.batch_size, training.batch_size > 0, "1 or more"),
+            ("training.learning_rate", training.learning_rate, training.learning_rate > 0, "over 0"),
+            ("training.warmup_steps", training.warmup_steps, training.warmup_steps >= 0, "0 (none) or more"),
+            ("training.max_tokens", training.max_tokens, training.max_tokens >= 0, "0 (the model's window) or more"),
+        )
+        check_numbers(self.config, checks)
 
     @abstractmethod
     def read(self, sources: list[SourceConfig]) -> Examples: ...
@@ -150,15 +164,3 @@ class OfflineTrainer(Trainer):
     def close(self, log: RunLog) -> dict[str, Any]:
         skipped = {split: examples.skipped for split, examples in self.examples.items() if examples.skipped}
         return {"skipped_rows": skipped} if skipped else {}
-
-
-def _check(config: OfflineConfig) -> None:
-    """What no single field shows. Raises UserError."""
-    training = config.training
-    checks = (
-        ("training.batch_size", training.batch_size, training.batch_size > 0, "1 or more"),
-        ("training.learning_rate", training.learning_rate, training.learning_rate > 0, "over 0"),
-        ("training.warmup_steps", training.warmup_steps, training.warmup_steps >= 0, "0 (none) or more"),
-        ("training.max_tokens", training.max_tokens, training.max_tokens >= 0, "0 (the model's window) or more"),
-    )
-    check_numbers(config, checks)

@@ -51,8 +51,9 @@ class PreferenceTrainer(OfflineTrainer):
 
 
 class RewardTrainer(PreferenceTrainer):
-    """A reward model on the Bradley-Terry loss: a scalar at the last token. RewardTrainer(RewardConfig()).fit()
+    """A reward model on the Bradley-Terry loss: a scalar at the last token.
 
+    RewardTrainer(load_config(RewardConfig, "job.yaml")).fit()
     Ouyang et al. 2022, arXiv 2203.02155.
     """
 
@@ -120,8 +121,6 @@ class ReferencedTrainer(PreferenceTrainer):
     needs_reference = True
 
     def __init__(self, config: DPOConfig | KTOConfig, policy: Policy | None = None):
-        if config.loss.beta <= 0:
-            raise UserError(f"loss.beta: {config.loss.beta} must be over 0")
         super().__init__(config, policy)
         if config.loss.reference == ADAPTER_OFF and self.needs_reference:
             if self.policy.decoder.lora is None:
@@ -132,6 +131,11 @@ class ReferencedTrainer(PreferenceTrainer):
                 raise UserError("loss.reference: adapter_off is the base, but model.path is an adapter; use cached")
         self.policy_scorer = Scorer(self.policy.decoder, 1.0)
         self.reference = Reference(self.answers(), self.pack)
+
+    def check(self) -> None:
+        super().check()
+        if self.config.loss.beta <= 0:
+            raise UserError(f"loss.beta: {self.config.loss.beta} must be over 0")
 
     def answers(self) -> dict[str, list[list[Conversation]]]:
         """Lists of examples, each the answers that the reference scores."""
@@ -164,21 +168,27 @@ class ReferencedTrainer(PreferenceTrainer):
 
 
 class DPOTrainer(ReferencedTrainer):
-    """The DPO family: a row of losses.PREFERENCE_LOSSES by loss.name. DPOTrainer(DPOConfig()).fit()"""
+    """The DPO family: a row of losses.PREFERENCE_LOSSES by loss.name.
+
+    DPOTrainer(load_config(DPOConfig, "job.yaml")).fit()
+    """
 
     config: DPOConfig
     unit, batch_type, together = "pairs", PairBatch, 2
 
-    def __init__(self, config: DPOConfig, policy: Policy | None = None):
-        loss = config.loss
+    def check(self) -> None:
+        super().check()
+        loss = self.config.loss
         if loss.name not in PREFERENCE_LOSSES:
             raise UserError(f"loss.name: {loss.name!r} is unknown; there are {', '.join(PREFERENCE_LOSSES)}")
         if not 0 <= loss.label_smoothing < 0.5:
             raise UserError(f"loss.label_smoothing: {loss.label_smoothing} must be 0 or more and under 0.5")
         if loss.label_smoothing and loss.name not in SMOOTHED:
             raise UserError(f"loss.label_smoothing: {loss.name} has none; use {' or '.join(SMOOTHED)}, or set it to 0")
-        self.needs_reference = PREFERENCE_LOSSES[loss.name].needs_reference
-        super().__init__(config, policy)
+
+    @property
+    def needs_reference(self) -> bool:
+        return PREFERENCE_LOSSES[self.config.loss.name].needs_reference
 
     def read(self, sources: list[SourceConfig]) -> Examples[Preference]:
         return read_preferences(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())

@@ -48,7 +48,10 @@ class SupervisedTrainer(OfflineTrainer):
 
 
 class SFTTrainer(SupervisedTrainer):
-    """Supervised fine-tuning: the answers' negative log-likelihood. SFTTrainer(SFTConfig()).fit()"""
+    """Supervised fine-tuning: the answers' negative log-likelihood.
+
+    SFTTrainer(load_config(SFTConfig, "job.yaml")).fit()
+    """
 
     config: SFTConfig
 

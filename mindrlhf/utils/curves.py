@@ -182,6 +182,7 @@ def _accuracy(series: tuple[np.ndarray, np.ndarray]) -> Callable[[Any], None]:
                 fontsize=9,
             )
         axes.margins(x=0.06, y=0.2)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 104))
         _label(axes, "Held-out accuracy", STEPS, "% right")
 
     return draw

@@ -13,6 +13,8 @@ from mindrlhf.losses import PREFERENCE_LOSSES, kto_loss, reward_model_loss
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.wrapper.scorer import target_logprobs
 
+TIE = 1e-6  # a policy that is its reference has differences of rounding only
+
 
 def answer_logprobs(decoder: Decoder, tokens, positions, segments, index, labels, sequence, mask):
     """Log-prob of each answer [N], summed over its tokens, and its number of tokens [N], both at the sequence's number.
@@ -34,9 +36,10 @@ def halves(x):
 
 
 def comparison_metrics(chosen, rejected, weight):
-    """Sums of what is logged of rewards [P] of pairs; a tie is half right."""
+    """Sums of what is logged of rewards [P] of pairs; a tie, up to rounding, is half right."""
     real = ops.cast(weight > 0, ms.float32)
-    right = ops.cast(chosen > rejected, ms.float32) + 0.5 * ops.cast(chosen == rejected, ms.float32)
+    difference = chosen - rejected
+    right = 0.5 * (ops.cast(difference > TIE, ms.float32) + ops.cast(difference >= -TIE, ms.float32))
     return {
         "pairs": real.sum(),
         "accuracy": (right * real).sum(),

@@ -134,3 +134,15 @@ def test_mistake_is_one_line(stage, overrides, message, make_stage):
     with pytest.raises(UserError) as error:
         losses(make_stage(stage, *overrides), 1)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_jobs_config(make_stage):
+    import mindrlhf
+
+    with pytest.raises(UserError, match="DPOTrainer takes a DPOConfig, not a SFTConfig"):
+        mindrlhf.DPOTrainer(mindrlhf.SFTConfig())
+
+
+def test_one_judgement_is_not_enough(make_stage):
+    with pytest.raises(UserError, match="one row is not enough"):
+        make_stage("kto", "data.max_rows=1")

@@ -1,6 +1,7 @@
 """The online trainer: runs, resumes bit-equal, learns, stops cleanly."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +178,18 @@ def test_contradictions_are_one_line(make_trainer, option, value, message):
     with pytest.raises(UserError, match=message) as error:
         make_trainer(**{"trainer__row_tokens": 0, option: value})
     assert "\n" not in str(error.value)
+
+
+def test_adapters_are_trained_online(make_trainer):
+    """Answers are sampled with the adapter merged, and trained with it beside the weights: the same numbers."""
+    base = make_trainer(output="base", trainer__steps=1, algorithm__kl_coef=0).fit()["checkpoint"]
+    trainer = make_trainer(
+        model__path=base, model__lora__rank=2, trainer__steps=4, algorithm__learning_rate=1e-2, algorithm__kl_coef=0.01
+    )
+    summary = trainer.fit()
+    assert max(line["mismatch_max"] for line in _metrics(trainer) if "mismatch_max" in line) < 1e-4
+    assert (Path(summary["checkpoint"]) / "adapter_model.safetensors").is_file()
+    adapter = dict(trainer.policy.decoder.adapter_tensors())
+    assert any(array.any() for name, array in adapter.items() if "lora_B" in name)
+    with pytest.raises(UserError, match="model.lora.dropout: 0.5 must be 0: the ratio would not be 1 on policy"):
+        make_trainer(model__path=base, model__lora__rank=2, model__lora__dropout=0.5, output="other")
