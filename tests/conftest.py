@@ -72,3 +72,14 @@ def compilations(mindspore, monkeypatch):
 
     monkeypatch.setattr(_cell_graph_executor, "_graph_executor", Counting(_cell_graph_executor._graph_executor))
     return lambda: count[0]
+
+
+@pytest.fixture(params=["PYNATIVE_MODE", "GRAPH_MODE"], ids=["eager", "compiled"])
+def mode(request):
+    """MindSpore's mode, eager and then compiled."""
+    import mindspore
+
+    before = mindspore.get_context("mode")
+    mindspore.set_context(mode=getattr(mindspore, request.param))
+    yield mindspore.get_context("mode")
+    mindspore.set_context(mode=before)

@@ -17,14 +17,6 @@ MASK = np.array(INPUTS["mask"], np.float32)
 COUNTS = MASK.sum(1).astype(int)
 
 
-@pytest.fixture(params=[ms.PYNATIVE_MODE, ms.GRAPH_MODE], ids=["eager", "compiled"])
-def mode(request):
-    before = ms.get_context("mode")
-    ms.set_context(mode=request.param)
-    yield request.param
-    ms.set_context(mode=before)
-
-
 class PolicyLoss(nn.Cell):
     def __init__(self, eps_high=0.2, dual_clip=0.0):
         super().__init__()

@@ -22,14 +22,6 @@ INPUTS, OUTPUTS = GOLDEN["inputs"], GOLDEN["outputs"]
 LN2 = np.log(2.0)
 
 
-@pytest.fixture(params=[ms.PYNATIVE_MODE, ms.GRAPH_MODE], ids=["eager", "compiled"])
-def mode(request):
-    before = ms.get_context("mode")
-    ms.set_context(mode=request.param)
-    yield request.param
-    ms.set_context(mode=before)
-
-
 class Weighted(nn.Cell):
     """sum(weight loss), so that a gradient shows every element apart."""
 

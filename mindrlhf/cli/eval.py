@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(values))
     else:
-        for name, value in values.items():
-            print(f"{name:<24}{value:10.4f}" if isinstance(value, float) else f"{name:<24}{value:10d}")
+        inference.print_values(values)
     return 0
 
 

@@ -105,3 +105,9 @@ def write_rows(output: str, rows: list[dict[str, Any]]) -> None:
     """JSON lines into a new file."""
     with open(output, "x", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def print_values(values: dict[str, float | int]) -> None:
+    """One a line, names and numbers in columns."""
+    for name, value in values.items():
+        print(f"{name:<24}{value:10.4f}" if isinstance(value, float) else f"{name:<24}{value:10d}")

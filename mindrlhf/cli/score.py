@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if paired and data.format != "prompt":
         raise UserError(f"data.format: {data.format} rows have one answer, but {arguments.data} holds pairs; remove it")
     values, rows = _scored_pairs(arguments.model, data) if paired else _scored_answers(arguments.model, data)
-    for name, value in values.items():
-        print(f"{name:<24}{value:10.4f}" if isinstance(value, float) else f"{name:<24}{value:10d}")
+    inference.print_values(values)
     if arguments.output:
         inference.write_rows(arguments.output, rows)
         print(f"{len(rows)} rows in {arguments.output}")

@@ -40,6 +40,11 @@ def bucket(n: int) -> int:
     return size
 
 
+def row_width(longest: int) -> int:
+    """Of rows for sequences of at most `longest` tokens: in eights and 64 at least, since each width is a graph."""
+    return max(64, -(-longest // 8) * 8)
+
+
 @dataclass(frozen=True, eq=False)
 class Packing:
     """Micro-batches of one shape, and where in them the targets of each sequence went."""

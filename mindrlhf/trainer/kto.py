@@ -9,7 +9,6 @@ from mindspore import nn
 from mindrlhf.config import KTOConfig, SourceConfig
 from mindrlhf.data.examples import Examples
 from mindrlhf.data.judgements import mismatched, read_judgements
-from mindrlhf.data.preferences import read_preferences
 from mindrlhf.errors import UserError
 from mindrlhf.trainer.preference import ReferencedTrainer
 from mindrlhf.trainer.reference import answer_logprobs
@@ -33,9 +32,10 @@ class KTOTrainer(ReferencedTrainer):
         return self.config.loss.name == "kto_pair"
 
     def read(self, sources: list[SourceConfig]) -> Examples[Judgement] | Examples[Preference]:
-        read = read_preferences if self.paired else read_judgements
-        examples = read(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
-        if not self.paired and len(examples) == 1:
+        if self.paired:
+            return super().read(sources)
+        examples = read_judgements(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
+        if len(examples) == 1:
             raise UserError("data: KTO compares a prompt with another row's answer; one row is not enough")
         return examples
 

@@ -11,7 +11,7 @@ from mindspore import nn
 
 from mindrlhf.config import OfflineConfig, SourceConfig
 from mindrlhf.data.examples import Examples
-from mindrlhf.data.packing import Packing
+from mindrlhf.data.packing import Packing, row_width
 from mindrlhf.data.prompts import PromptOrder
 from mindrlhf.errors import UserError
 from mindrlhf.schedules import learning_rate
@@ -100,14 +100,14 @@ class OfflineTrainer(Trainer):
 
     @cached_property
     def row_tokens(self) -> int:
-        """trainer.row_tokens, or what is needed, in eights and 64 at least: rows of one width are one graph."""
+        """trainer.row_tokens, or what is needed."""
         asked = self.config.trainer.row_tokens
         if asked and self.longest > asked:
             raise UserError(
                 f"trainer.row_tokens: {asked}, but one example can need {self.longest} tokens; raise it, or "
                 "set it to 0: as needed"
             )
-        return asked or max(64, -(-self.longest // 8) * 8)
+        return asked or row_width(self.longest)
 
     # -- the run ----------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,10 @@ class PreferenceTrainer(OfflineTrainer):
     together = 1  # answers of an example, which must lie in one micro-batch
     shift = 1  # 1: answers are predicted; 0: they are scored where they end
 
+    def read(self, sources: list[SourceConfig]) -> Examples:
+        """Pairs of answers."""
+        return read_preferences(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
+
     @abstractmethod
     def fields(self, split: str, numbers: Sequence[int]) -> dict[str, Sequence[float]]:
         """What the batch type has beside the rows: one number for each answer of those examples."""
@@ -60,14 +64,12 @@ class RewardTrainer(PreferenceTrainer):
     config: RewardConfig
     head, unit, batch_type, together, shift = "score", "pairs", PairBatch, 2, 0
     has_margins = True
+    scores: np.ndarray  # held_out_scores, when a checkpoint was last saved
 
     def __init__(self, config: RewardConfig, policy: Policy | None = None):
         super().__init__(config, policy)
         # Answers are scored at the token that ended them in training, whatever else may end an answer.
         self.policy.generation_config["eos_token_id"] = list(self.examples[TRAIN].stop_ids)
-
-    def read(self, sources: list[SourceConfig]) -> Examples[Preference]:
-        return read_preferences(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
 
     def sequences(self, example: Preference) -> list[Conversation]:
         return [ending(example.chosen), ending(example.rejected)]
@@ -78,7 +80,8 @@ class RewardTrainer(PreferenceTrainer):
     def save_checkpoint(self, state: dict[str, Any] | None = None) -> Path:
         """With the mean and standard deviation of the held-out answers' scores, for normalize_reward."""
         decoder = self.policy.decoder
-        mean, deviation = (float(value) for value in statistics(self.held_out_scores()))
+        self.scores = self.held_out_scores()
+        mean, deviation = (float(value) for value in statistics(self.scores))
         decoder.config = replace(decoder.config, score_mean=mean, score_std=deviation)
         return super().save_checkpoint(state)
 
@@ -94,7 +97,7 @@ class RewardTrainer(PreferenceTrainer):
         return RewardModel(self.policy, self.config.trainer.rows)
 
     def close(self, log: RunLog) -> dict[str, Any]:
-        scores, config = self.held_out_scores(), self.policy.decoder.config
+        scores, config = self.scores, self.policy.decoder.config  # of the last checkpoint, just saved
         plot_scores(scores[:, 0], scores[:, 1], self.output / "scores.png", self.output.name)
         return {**super().close(log), "score_mean": config.score_mean, "score_std": config.score_std}
 
@@ -189,9 +192,6 @@ class DPOTrainer(ReferencedTrainer):
     @property
     def needs_reference(self) -> bool:
         return PREFERENCE_LOSSES[self.config.loss.name].needs_reference
-
-    def read(self, sources: list[SourceConfig]) -> Examples[Preference]:
-        return read_preferences(sources, self.config.data, self.policy.tokenizer, self.max_tokens, Path())
 
     def sequences(self, example: Preference) -> list[Conversation]:
         return [example.chosen, example.rejected]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.data.packing import Packing
+from mindrlhf.data.packing import Packing, row_width
 from mindrlhf.data.tokenizers import encode
 from mindrlhf.data.turns import end_of_sequence, join
 from mindrlhf.errors import UserError
@@ -34,7 +34,7 @@ class RewardModel:
         """[answers] float32, as the head gives them."""
         if not answers:
             return np.zeros(0, np.float32)
-        width = max(64, -(-max(len(answer.ids) for answer in answers) // 8) * 8)
+        width = row_width(max(len(answer.ids) for answer in answers))
         endings = [ending(answer) for answer in answers]
         packing = Packing.of([e.ids for e in endings], [e.trained for e in endings], self.rows, width, shift=0)
         return np.concatenate(packing.collect(self.head.score(packing.batches)))

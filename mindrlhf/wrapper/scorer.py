@@ -1,6 +1,6 @@
 """Log-probs of given answers under a decoder: for the reference policy, and inside every objective."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -38,12 +38,8 @@ class Scorer(nn.Cell):
 
     def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
         """Log-probs [N] float32 of each micro-batch; 0 on padding."""
-        scored = []
-        for batch in batches:
-            inputs = (batch.tokens, batch.positions, batch.segments, batch.index, batch.labels)
-            logprobs, _ = self(*(Tensor(array) for array in inputs))
-            scored.append(logprobs.asnumpy() * batch.mask)
-        return scored
+        names = ("tokens", "positions", "segments", "index", "labels")
+        return _over(batches, names, lambda *inputs: self(*inputs)[0])
 
 
 class ScoreHead(nn.Cell):
@@ -58,8 +54,9 @@ class ScoreHead(nn.Cell):
 
     def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
         """Scores [N] float32 of each micro-batch; 0 on padding."""
-        scored = []
-        for batch in batches:
-            scores = self(*(Tensor(array) for array in (batch.tokens, batch.positions, batch.segments, batch.index)))
-            scored.append(scores.asnumpy() * batch.mask)
-        return scored
+        return _over(batches, ("tokens", "positions", "segments", "index"), self)
+
+
+def _over(batches: Sequence[PackedRows], names: Sequence[str], run: Callable[..., Tensor]) -> list[np.ndarray]:
+    """What `run` returns for those fields of each micro-batch, masked."""
+    return [run(*(Tensor(getattr(batch, name)) for name in names)).asnumpy() * batch.mask for batch in batches]
