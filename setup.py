@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+MATH = ["math-verify[antlr4_13_2]==0.9.0"]  # the `math` reward
+
 setup(
     name="mindrlhf",
     version="0.1.0",
@@ -27,7 +29,8 @@ setup(
         "packaging",
     ],
     extras_require={
-        "dev": ["pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.5", "pre-commit==4.7.0"],
+        "dev": ["pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.5", "pre-commit==4.7.0", *MATH],
+        "math": MATH,
         "wandb": ["wandb"],
         "swanlab": ["swanlab"],
     },

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 CONFIG = Path(__file__).parent.parent / "examples" / "grpo" / "arithmetic.yaml"
-PHASES = ("seconds/experience", "seconds/reference", "seconds/train", "tokens_per_second", "response_tokens")
+PHASES = ("seconds/experience", "seconds/scores", "seconds/train", "tokens_per_second", "response_tokens")
 
 
 def main() -> None:

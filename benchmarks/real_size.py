@@ -74,8 +74,9 @@ def write_checkpoint(directory: Path) -> None:
 
 def open_trainer(directory: Path, kl_coef: float):
     from mindrlhf.config import GRPOConfig, load_config
-    from mindrlhf.rewards import Rewards
+    from mindrlhf.models.decoder import Decoder
     from mindrlhf.trainer.grpo import GRPOTrainer
+    from mindrlhf.wrapper.scorer import Scorer
 
     overrides = [
         f"output={directory / 'run'}", f"model.path={directory / 'model'}",
@@ -84,10 +85,9 @@ def open_trainer(directory: Path, kl_coef: float):
         f"rollout.sampling.max_tokens={TOKENS}", "trainer.rows=4", "trainer.row_tokens=64", "trainer.steps=2",
         f"algorithm.kl_coef={kl_coef}", "algorithm.learning_rate=1e-6",
     ]  # fmt: skip
-    trainer = GRPOTrainer(load_config(GRPOConfig, None, overrides))
-    trainer.rewards = Rewards.from_functions(even_reward)
+    trainer = GRPOTrainer(load_config(GRPOConfig, None, overrides), reward_funcs=even_reward)
     if kl_coef:
-        trainer._use_reference(trainer.policy.decoder.weights)
+        trainer.scorer = Scorer(Decoder(trainer.policy.decoder.config, trainer.policy.decoder.weights), 1.0)
     return trainer
 
 

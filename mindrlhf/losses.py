@@ -1,4 +1,4 @@
-"""The losses, per token: MindSpore functions for compiled cells, elementwise on [N] (any shape does).
+"""The losses, per token: MindSpore functions for compiled cells, on [N].
 
 A cell combines them as sum(per_token_loss * loss_weight), loss_weight from advantages.loss_weights over the whole
 optimizer step, so that the loss does not depend on how the step is split. float32 unless said. Arguments that are
@@ -14,30 +14,99 @@ from dataclasses import dataclass
 from mindspore import Tensor, mint, ops
 from mindspore import dtype as mstype
 
+# The policy losses, one signature: log-probs, advantages and mask [N] float32, mask 0 at tokens that do not count;
+# sequence [N] int32 is the number of each token's sequence in the micro-batch (see PackedRows). Gradients flow to
+# policy_logprobs, the caller passes the others as data. eps_low, eps_high and dual_clip are constants of the graph.
+# Each returns (per_token_loss [N], clipped [N]); the mean of clipped is the clip fraction. Every loss is positively
+# homogeneous in the advantages, so that a weight on them is a weight on the loss. Log-ratios are clamped to [-20, 20]
+# before exp, without gradient beyond.
+
 
 def ratio_policy_loss(
-    policy_logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    dual_clip: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """PPO's clipped loss, -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(policy - old).
+    policy_logprobs, old_logprobs, advantages, sequence, mask, eps_low, eps_high, dual_clip,
+):  # fmt: skip
+    """PPO: -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(policy - old).
 
-    https://arxiv.org/abs/1707.06347; eps_high > eps_low is DAPO's clip-higher, https://arxiv.org/abs/2503.14476.
-    The log-ratio is clamped to [-20, 20] before exp. dual_clip c > 1 bounds the loss by -c A where A < 0
-    (https://arxiv.org/abs/1912.09729); 0 is off. All tensors [N]; gradients flow to policy_logprobs, and the caller
-    passes the others as data. Returns (per_token_loss [N], clipped [N]): clipped is 1 where the clipped term is the
-    smaller one, so its mean is the clip fraction.
+    eps_high > eps_low is DAPO's clip-higher, https://arxiv.org/abs/2503.14476. dual_clip c > 1 bounds the loss by -c A
+    where A < 0 (https://arxiv.org/abs/1912.09729); 0 is off. clipped is 1 where the clipped term is the smaller one.
     """
-    ratio = mint.expm1(mint.clamp(policy_logprobs - old_logprobs, -20.0, 20.0)) + 1.0
-    unclipped_gain = ratio * advantages
-    clipped_gain = mint.clamp(ratio, 1.0 - eps_low, 1.0 + eps_high) * advantages
-    loss = -ops.minimum(unclipped_gain, clipped_gain)
-    if dual_clip > 0:
-        loss = mint.where(advantages < 0, ops.minimum(loss, -dual_clip * advantages), loss)
-    return loss, ops.cast(clipped_gain < unclipped_gain, mstype.float32)
+    return _clipped(_ratio(policy_logprobs - old_logprobs), advantages, eps_low, eps_high, dual_clip)
+
+
+def sequence_ratio_loss(
+    policy_logprobs, old_logprobs, advantages, sequence, mask, eps_low, eps_high, dual_clip,
+):  # fmt: skip
+    """GSPO: PPO's loss with one ratio a sequence, exp(mean over its tokens of policy - old).
+
+    The tokens of a sequence with one advantage have one loss; summed with the weights of sequence_mean that is the
+    paper's. The ratio is nearer to 1 than a token's, so the paper clips at 3e-4 and 4e-4. clipped counts tokens.
+    """
+    count = sequence.shape[0]
+    sums = ops.unsorted_segment_sum((policy_logprobs - old_logprobs) * mask, sequence, count)
+    lengths = ops.unsorted_segment_sum(mask, sequence, count)
+    # A number without tokens, that of padding for example, has the ratio 1.
+    ratio = ops.gather(_ratio(sums / mint.clamp(lengths, 1.0, None)), sequence, 0)
+    return _clipped(ratio, advantages, eps_low, eps_high, dual_clip)
+
+
+def clipped_weight_loss(
+    policy_logprobs, old_logprobs, advantages, sequence, mask, eps_low, eps_high, dual_clip,
+):  # fmt: skip
+    """CISPO: -stop(clip(r, 1 - eps_low, 1 + eps_high)) A policy, so that a clipped token keeps its gradient.
+
+    The bounds are relative to 1; eps_low of 1 or more is no lower bound, as in the paper. clipped is 1 where the clip
+    acted, whatever the sign of A. No dual clip.
+    """
+    ratio = ops.stop_gradient(_ratio(policy_logprobs - old_logprobs))
+    weight = mint.clamp(ratio, 1.0 - eps_low, 1.0 + eps_high)
+    return -weight * advantages * policy_logprobs, ops.cast(weight != ratio, mstype.float32)
+
+
+def reinforce_loss(
+    policy_logprobs, old_logprobs, advantages, sequence, mask, eps_low, eps_high, dual_clip,
+):  # fmt: skip
+    """REINFORCE: -A policy. Nothing is clipped, and updates after the first do not correct for the older policy."""
+    return -advantages * policy_logprobs, ops.zeros_like(advantages)
+
+
+def importance_sampling_loss(
+    policy_logprobs, old_logprobs, advantages, sequence, mask, eps_low, eps_high, dual_clip,
+):  # fmt: skip
+    """-r A, r = exp(policy - old): TRPO's surrogate, PPO's loss without its clip."""
+    return -_ratio(policy_logprobs - old_logprobs) * advantages, ops.zeros_like(advantages)
+
+
+@dataclass(frozen=True)
+class PolicyLossRow:
+    """A row of the table of policy losses."""
+
+    paper: str
+    function: Callable[..., tuple[Tensor, Tensor]]
+
+
+POLICY_LOSSES = {
+    "ppo": PolicyLossRow("https://arxiv.org/abs/1707.06347", ratio_policy_loss),
+    "gspo": PolicyLossRow("https://arxiv.org/abs/2507.18071", sequence_ratio_loss),
+    "cispo": PolicyLossRow("https://arxiv.org/abs/2506.13585", clipped_weight_loss),
+    "reinforce": PolicyLossRow("https://doi.org/10.1007/BF00992696", reinforce_loss),
+    "importance_sampling": PolicyLossRow("https://arxiv.org/abs/1502.05477", importance_sampling_loss),
+}
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """The critic's loss, 0.5 max((v - R)^2, (old + clip(v - old, -clip, clip) - R)^2); clip 0 is off.
+
+    OpenAI's implementation of PPO, described in https://arxiv.org/abs/2005.12729. All [N] float32; gradients flow to
+    values. Returns (per_token_loss [N], clipped [N]): clipped is 1 where the clipped term is the larger one, and there
+    the gradient is 0.
+    """
+    error = (values - returns) * (values - returns)
+    if clip == 0:
+        return 0.5 * error, ops.zeros_like(error)
+    # Not old + clip(v - old): inside the range that is v but for rounding, which would count as clipped.
+    moved = ops.minimum(ops.maximum(values, old_values - clip), old_values + clip)
+    clipped_error = (moved - returns) * (moved - returns)
+    return 0.5 * ops.maximum(error, clipped_error), ops.cast(clipped_error > error, mstype.float32)
 
 
 def kl_penalty(policy_logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", clamp: bool = True) -> Tensor:
@@ -88,138 +157,6 @@ def supervised_loss(policy_logprobs: Tensor) -> Tensor:
     return -policy_logprobs
 
 
-def reward_model_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor, kind: str = "sigmoid", centering_coef: float = 0.0
-) -> Tensor:
-    """Bradley-Terry loss of a reward model, -log sigmoid(chosen - rejected - margin). Scores and margin [P] to [P].
-
-    InstructGPT, https://arxiv.org/abs/2203.02155; the margin is Llama 2's, https://arxiv.org/abs/2307.09288. kind
-    "log_exp" is the same number under its other name, log(1 + exp(-d)). centering_coef (chosen + rejected)^2 is added,
-    which keeps the scores around 0: https://arxiv.org/abs/2312.09244.
-    """
-    if kind not in ("sigmoid", "log_exp"):
-        raise ValueError("kind must be sigmoid or log_exp")
-    loss = -_log_sigmoid(chosen - rejected - margin)
-    if centering_coef != 0:
-        loss = loss + centering_coef * (chosen + rejected) * (chosen + rejected)
-    return loss
-
-
-# The preference losses. Log-probs [P] are summed over an answer, *_tokens [P] float32 are the numbers of its tokens;
-# D = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected). Gradients flow to the policy's log-probs. A pair
-# of zeros (padding) is finite, with finite gradients.
-
-
-def dpo_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens,
-    beta, label_smoothing, gamma,
-):  # fmt: skip
-    """-log sigmoid(beta D): ln 2 where policy and reference agree."""
-    return -_log_sigmoid(beta * _preference(policy_chosen, policy_rejected, ref_chosen, ref_rejected))
-
-
-def cdpo_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens,
-    beta, label_smoothing, gamma,
-):  # fmt: skip
-    """Conservative DPO: the cross-entropy where the share label_smoothing of the pairs is swapped."""
-    logit = beta * _preference(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    return -(1.0 - label_smoothing) * _log_sigmoid(logit) - label_smoothing * _log_sigmoid(-logit)
-
-
-def robust_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens,
-    beta, label_smoothing, gamma,
-):  # fmt: skip
-    """DPO's loss on the true labels, without bias, from labels of which the share label_smoothing < 0.5 is swapped."""
-    logit = beta * _preference(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    noisy = -(1.0 - label_smoothing) * _log_sigmoid(logit) + label_smoothing * _log_sigmoid(-logit)
-    return noisy / (1.0 - 2.0 * label_smoothing)
-
-
-def ipo_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens,
-    beta, label_smoothing, gamma,
-):  # fmt: skip
-    """(D - 1 / (2 beta))^2."""
-    error = _preference(policy_chosen, policy_rejected, ref_chosen, ref_rejected) - 0.5 / beta
-    return error * error
-
-
-def ipo_mean_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens,
-    beta, label_smoothing, gamma,
-):  # fmt: skip
-    """IPO with every log-prob divided by the number of its tokens, as TRL computes it."""
-    chosen = _average(policy_chosen - ref_chosen, chosen_tokens)
-    rejected = _average(policy_rejected - ref_rejected, rejected_tokens)
-    error = chosen - rejected - 0.5 / beta
-    return error * error
-
-
-def hinge_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens,
-    beta, label_smoothing, gamma,
-):  # fmt: skip
-    """max(1 - beta D, 0)."""
-    return ops.relu(1.0 - beta * _preference(policy_chosen, policy_rejected, ref_chosen, ref_rejected))
-
-
-def simpo_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens,
-    beta, label_smoothing, gamma,
-):  # fmt: skip
-    """-log sigmoid(beta (average chosen - average rejected) - gamma), without a reference."""
-    difference = _average(policy_chosen, chosen_tokens) - _average(policy_rejected, rejected_tokens)
-    return -_log_sigmoid(beta * difference - gamma)
-
-
-def orpo_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens,
-    beta, label_smoothing, gamma,
-):  # fmt: skip
-    """Mean NLL of the chosen answer's tokens - beta log sigmoid(log odds ratio), without a reference.
-
-    odds = p / (1 - p), p = exp(average log-prob). The 1 - p of an average nearer to 0 than 1e-6 is taken there.
-    """
-    chosen, rejected = _average(policy_chosen, chosen_tokens), _average(policy_rejected, rejected_tokens)
-    log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-    return -chosen - beta * _log_sigmoid(log_odds)
-
-
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """A row of the table of preference losses."""
-
-    paper: str
-    function: Callable[..., Tensor]
-    needs_reference: bool = True  # False: ref_chosen and ref_rejected are not looked at
-    averaged: bool = False  # the implicit rewards are those of length-averaged log-probs
-
-
-PREFERENCE_LOSSES = {
-    "dpo": PreferenceLoss("https://arxiv.org/abs/2305.18290", dpo_loss),
-    "cdpo": PreferenceLoss("https://ericmitchell.ai/cdpo.pdf", cdpo_loss),
-    "robust": PreferenceLoss("https://arxiv.org/abs/2403.00409", robust_loss),
-    "ipo": PreferenceLoss("https://arxiv.org/abs/2310.12036", ipo_loss),
-    "ipo_mean": PreferenceLoss("https://arxiv.org/abs/2310.12036", ipo_mean_loss),
-    "hinge": PreferenceLoss("https://arxiv.org/abs/2305.10425", hinge_loss),
-    "simpo": PreferenceLoss("https://arxiv.org/abs/2405.14734", simpo_loss, needs_reference=False, averaged=True),
-    "orpo": PreferenceLoss("https://arxiv.org/abs/2403.07691", orpo_loss, needs_reference=False, averaged=True),
-}
-
-
-def kto_loss(policy_logprobs: Tensor, ref_logprobs: Tensor, kl: Tensor, sign: Tensor, beta: float) -> Tensor:
-    """1 - sigmoid(beta sign (policy - ref - kl)), sign 1 for a desirable answer and -1 for an undesirable one.
-
-    https://arxiv.org/abs/2402.01306. [N] to [N]. Log-probs are summed over the answer; kl is KTO's baseline, which the
-    caller passes as data. The weight of either side is the caller's.
-    """
-    logit = beta * sign * (policy_logprobs - ref_logprobs - kl)
-    # 1 - sigmoid(x) = 1 / (1 + exp(x)); beyond 40 it is 0 or 1 to float32.
-    return 1.0 / (mint.expm1(mint.clamp(logit, -40.0, 40.0)) + 2.0)
-
-
 def step_reward_loss(logits: Tensor, probabilities: Tensor) -> Tensor:
     """Cross-entropy over the R reward tokens at a placeholder. Their logits and targets [N, R] to [N].
 
@@ -263,31 +200,20 @@ def generalised_divergence(
     return -(beta * teacher_term + (1.0 - beta) * student_term)
 
 
+def _ratio(log_ratio):
+    return mint.expm1(mint.clamp(log_ratio, -20.0, 20.0)) + 1.0
+
+
+def _clipped(ratio, advantages, eps_low, eps_high, dual_clip):
+    """PPO's clipped loss of a given ratio, and 1 where the clipped term is the smaller one."""
+    unclipped_gain = ratio * advantages
+    clipped_gain = mint.clamp(ratio, 1.0 - eps_low, 1.0 + eps_high) * advantages
+    loss = -ops.minimum(unclipped_gain, clipped_gain)
+    if dual_clip > 0:
+        loss = mint.where(advantages < 0, ops.minimum(loss, -dual_clip * advantages), loss)
+    return loss, ops.cast(clipped_gain < unclipped_gain, mstype.float32)
+
+
 def _tempered(logits, temperature):
     logits = ops.cast(logits, mstype.float32)
     return logits if temperature == 1.0 else logits / temperature
-
-
-def _preference(policy_chosen, policy_rejected, ref_chosen, ref_rejected):
-    return (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
-
-
-def _average(logprobs, tokens):
-    """0 for an answer without tokens, which is padding."""
-    return logprobs / mint.clamp(tokens, 1.0, None)
-
-
-def _log_sigmoid(x):
-    """Not ops.logsigmoid: on CPU that is -inf below -88. min(x, 0) is written so that its gradient at 0 is one half."""
-    magnitude = ops.abs(x)
-    return 0.5 * (x - magnitude) - mint.log1p(mint.expm1(-magnitude) + 1.0)
-
-
-def _log1mexp(x):
-    """log(1 - exp(x)), x < 0; taken at -1e-6 above that, without gradient.
-
-    Near 0 the error of MindSpore's expm1 is as large as its value: there its series stands in for it.
-    """
-    near = mint.clamp(x, -0.25, -1e-6)
-    series = near * (1 + near / 2 * (1 + near / 3 * (1 + near / 4 * (1 + near / 5 * (1 + near / 6)))))
-    return mint.log(-mint.where(x > -0.25, series, mint.expm1(mint.clamp(x, None, -0.25))))

@@ -1,6 +1,6 @@
 """The batch types: what flows between data, generation, rewards and the compiled cells."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,36 @@ class Rollout:
 
     prompt_ids: np.ndarray  # [P] int32
     response_ids: np.ndarray  # [R] int32, the stop token included where one was sampled
-    sampled_logprobs: np.ndarray  # [R] float32, log-prob under the sampling temperature, before top-k and top-p
+    sampled_logprobs: np.ndarray  # [R] float32, log-prob at the sampling temperature, before top-k and top-p
     finished: bool  # False: cut at max_tokens
     group: int  # answers to the same prompt share it
     reward: float = 0.0  # weighted sum of reward_parts
     reward_parts: dict[str, float] = field(default_factory=dict)
+    sampled: np.ndarray | None = None  # [R] bool, False at tokens that an environment wrote; None: all were sampled
+    token_rewards: np.ndarray | None = None  # [R] float32, an environment's, at the token that earned each
+    greedy_reward: float = 0.0  # of the greedy answer to the same prompt, where the algorithm asks for it
+
+    @property
+    def is_sampled(self) -> np.ndarray:
+        """[R] bool: the tokens that the policy is responsible for."""
+        return np.ones(len(self.response_ids), bool) if self.sampled is None else self.sampled
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able, and exact: a float32 survives as a Python float."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Rollout":
+        """The inverse of `state`."""
+        known = {name: dtype for name, dtype in _ROLLOUT_ARRAYS.items() if state[name] is not None}
+        return cls(**{**state, **{name: np.array(state[name], dtype) for name, dtype in known.items()}})
+
+
+_ROLLOUT_ARRAYS = {
+    "prompt_ids": np.int32, "response_ids": np.int32, "sampled_logprobs": np.float32, "sampled": bool,
+    "token_rewards": np.float32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +148,11 @@ PolicyBatch = NamedTuple(
         ("ref_logprobs", np.ndarray),
     ],
 )
+
+# What a critic's loss needs beside PackedRows, [N] float32 each: the weight of its tokens, its values before this
+# batch's first update, and the returns that they should have been.
+_VALUE_FIELDS = [("value_weight", np.ndarray), ("old_values", np.ndarray), ("returns", np.ndarray)]
+
+# For a critic with a decoder of its own, and for one on the policy's trunk.
+ValueBatch = NamedTuple("ValueBatch", [*PackedRows.__annotations__.items(), *_VALUE_FIELDS])
+ActorCriticBatch = NamedTuple("ActorCriticBatch", [*PolicyBatch.__annotations__.items(), *_VALUE_FIELDS])

@@ -179,7 +179,7 @@ def test_steps_of_the_examples():
 
 
 def test_every_algorithm_is_described():
-    from mindrlhf.losses import PREFERENCE_LOSSES
+    from mindrlhf.preference_losses import PREFERENCE_LOSSES
     from mindrlhf.trainer.algorithms import ALGORITHMS
 
     text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")

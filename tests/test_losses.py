@@ -1,31 +1,12 @@
-"""Every loss against golden values, eager and compiled, with gradients."""
-
-import json
-from pathlib import Path
+"""KL, log-probs and entropy against golden and float64 values, eager and compiled, with gradients."""
 
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import mint, nn, ops
+from mindspore import mint, nn
 
-from mindrlhf.advantages import loss_weights
-from mindrlhf.losses import kl_penalty, logprobs_and_entropy, ratio_policy_loss, supervised_loss
-
-GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden.json").read_text())
-INPUTS, OUTPUTS = GOLDEN["inputs"], GOLDEN["outputs"]
-MASK = np.array(INPUTS["mask"], np.float32)
-COUNTS = MASK.sum(1).astype(int)
-
-
-class PolicyLoss(nn.Cell):
-    def __init__(self, eps_high=0.2, dual_clip=0.0):
-        super().__init__()
-        self.eps_high = eps_high
-        self.dual_clip = dual_clip
-
-    def construct(self, policy, old, advantages, weight):
-        loss, clipped = ratio_policy_loss(policy, old, advantages, 0.2, self.eps_high, self.dual_clip)
-        return mint.sum(loss * weight), clipped
+from mindrlhf.losses import kl_penalty, logprobs_and_entropy, supervised_loss
+from tests.gradients import MASK, OUTPUTS, close, run, tokens
 
 
 class KlLoss(nn.Cell):
@@ -50,100 +31,6 @@ class Head(nn.Cell):
     def construct(self, logits, labels, weight):
         logprobs, entropy = logprobs_and_entropy(logits, labels, self.temperature, self.entropy_gradient)
         return mint.sum(logprobs * weight) + 0.3 * mint.sum(entropy * weight), logprobs, entropy
-
-
-class Gradient(nn.Cell):
-    def __init__(self, cell):
-        super().__init__()
-        self.run = ops.value_and_grad(cell, 0, has_aux=True)
-
-    def construct(self, *arguments):
-        return self.run(*arguments)
-
-
-def run(cell, *arrays):
-    """Value, further outputs and the gradient to the first argument, as arrays."""
-    arrays = [np.asarray(a) for a in arrays]
-    outputs, gradient = Gradient(cell)(
-        *[ms.Tensor(a.astype(np.int32 if a.dtype.kind == "i" else "f4")) for a in arrays]
-    )
-    return *[output.asnumpy() for output in outputs], gradient.asnumpy()
-
-
-def tokens(name):
-    """A golden [B, T] input as the [N] of its real tokens."""
-    return np.array(INPUTS[name], np.float32)[MASK > 0]
-
-
-def weights(aggregation, max_tokens=5):
-    return np.repeat(loss_weights(COUNTS, aggregation, max_tokens), COUNTS)
-
-
-def policy_loss(weight, **options):
-    return run(PolicyLoss(**options), tokens("logp"), tokens("old_logp"), tokens("adv"), weight)
-
-
-def close(actual, expected, tolerance=1e-6):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
-
-
-def test_policy_loss_matches_golden(mode):
-    loss, clipped, gradient = policy_loss(weights("token_mean"))
-    close(loss, OUTPUTS["ppo.openrlhf.token_level=True"])
-    close(clipped.mean(), OUTPUTS["ppo.clipfrac.openrlhf"])
-    close(gradient, np.array(OUTPUTS["grad.ppo.token-mean"])[MASK > 0])
-    close((tokens("old_logp") - tokens("logp")).mean(), OUTPUTS["ppo.ppo_kl.openrlhf"])
-    for aggregation, name in [
-        ("sequence_mean", "ppo.openrlhf.token_level=False"),
-        ("sequence_sum", "ppo.verl.seq-mean-token-sum"),
-        ("constant", "agg.trl.dr_grpo.L5"),
-    ]:
-        close(policy_loss(weights(aggregation))[0], OUTPUTS[name])
-
-
-def test_clip_higher_and_dual_clip_match_golden(mode):
-    weight = weights("token_mean")
-    close(policy_loss(weight, eps_high=0.28)[0], OUTPUTS["ppo.openrlhf.cliphigher0.28"])
-    loss, _, gradient = policy_loss(weight, dual_clip=1.2)
-    close(loss, OUTPUTS["ppo.openrlhf.dualclip1.2"])
-    # Where -c A bounds the loss there is no gradient.
-    bound = (tokens("adv") < 0) & (tokens("logp") - tokens("old_logp") > np.log(1.2))
-    assert bound.any() and (gradient[bound] == 0).all()
-
-
-def test_policy_loss_golden_in_padded_shape(mode):
-    """[B, T] with padding of weight 0 is the same as [N]."""
-    weight = MASK / MASK.sum()
-    loss, _, gradient = run(PolicyLoss(), INPUTS["logp"], INPUTS["old_logp"], INPUTS["adv"], weight)
-    close(loss, OUTPUTS["ppo.openrlhf.token_level=True"])
-    close(gradient, OUTPUTS["grad.ppo.token-mean"])
-
-
-def test_policy_loss_corners(mode):
-    """On policy, hostile ratios, a fully masked step, one-token answers: one cell, one shape."""
-    cell, n = PolicyLoss(), 6
-    logprobs, advantages = np.linspace(-3, -0.1, n), np.array([1.0, -1.0, 0.5, 0.0, 2.0, -0.25])
-    one_token_answers = loss_weights([1] * n, "sequence_mean", 9)
-    loss, clipped, gradient = run(cell, logprobs, logprobs, advantages, one_token_answers)
-    close(loss, -advantages.mean())
-    close(gradient, -advantages / n)  # the ratio is 1: the plain policy gradient
-    assert (clipped == 0).all()
-    far = np.array([-500.0, 500.0, 0.0, 0.0, 25.0, 1.0])
-    loss, clipped, gradient = run(cell, logprobs + far, logprobs, advantages, one_token_answers)
-    assert np.isfinite(loss) and np.isfinite(gradient).all()
-    expected = -(np.exp(-20) - np.exp(20.0) + 0.5 + 0.0 + 2.4 - 0.25 * np.e) / n
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    assert list(clipped) == [0, 0, 0, 0, 1, 0]
-    loss, _, gradient = run(cell, logprobs + far, logprobs, advantages, loss_weights([0] * n, "token_mean", 9))
-    assert loss == 0 and (gradient == 0).all()
-
-
-def test_micro_batches_sum_to_the_whole(mode):
-    arrays = [tokens("logp"), tokens("old_logp"), tokens("adv"), weights("sequence_mean")]
-    whole, _, gradient = run(PolicyLoss(), *arrays)
-    parts = [run(PolicyLoss(), *(a[part] for a in arrays)) for part in (slice(0, 7), slice(7, 17))]
-    close(sum(part[0] for part in parts), whole)
-    close(np.concatenate([part[2] for part in parts]), gradient)
 
 
 @pytest.mark.parametrize(("estimator", "name"), [("k1", "k1.openrlhf"), ("k2", "k2.openrlhf"), ("k3", "k3.slime")])

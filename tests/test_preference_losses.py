@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from mindspore import mint, nn, ops
 
-from mindrlhf.losses import (
-    PREFERENCE_LOSSES,
-    distillation_loss,
-    generalised_divergence,
-    kto_loss,
-    reward_model_loss,
-    step_reward_loss,
-)
+from mindrlhf.losses import distillation_loss, generalised_divergence, step_reward_loss
+from mindrlhf.preference_losses import PREFERENCE_LOSSES, kto_loss, reward_model_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden.json").read_text())
 INPUTS, OUTPUTS = GOLDEN["inputs"], GOLDEN["outputs"]

@@ -1,4 +1,4 @@
-"""`mindrlhf eval`: accuracy and pass@k of a checkpoint on problems with labels."""
+"""`mindrlhf eval`: accuracy, pass@k and maj@k of a checkpoint on problems with labels."""
 
 import argparse
 import json
@@ -10,10 +10,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from mindrlhf.cli import inference
 
     parser.description = (
-        "Mean rewards and pass@k of a checkpoint. One answer a problem is greedy unless sampling.temperature is given; "
-        "pass@k wants num_generations=N with N >= k."
+        "Mean rewards, pass@k and maj@k of a checkpoint. One answer a problem is greedy unless sampling.temperature is "
+        "given; pass@k (one of k answers is right) and maj@k (the most frequent one is) want num_generations=N, N >= k."
     )
-    parser.add_argument("--k", default="1", help="comma-separated k of pass@k (default: 1)")
+    parser.add_argument("--k", default="1", help="comma-separated k of pass@k and maj@k (default: 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     inference.add_arguments(parser)
 
@@ -43,25 +43,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(model: str, config, ks: list[int]) -> dict[str, float | int]:
-    """Means of the rewards, and pass@k by the first reward function, whose 1 means right."""
+    """Means of the rewards; pass@k and maj@k by the first reward function, whose 1 means right."""
     from pathlib import Path
 
     import numpy as np
 
     from mindrlhf.cli import inference
-    from mindrlhf.rewards import Rewards
-    from mindrlhf.trainer.evaluation import pass_at_k
+    from mindrlhf.trainer.evaluation import evaluation_metrics
+    from mindrlhf.trainer.reward_parts import open_rewards
 
-    rewards = Rewards.from_config(config.rewards, Path())
+    rewards = open_rewards(config.rewards, Path())
     answers = inference.answer(model, config, [])
     count = config.num_generations
     repeated = [prompt for prompt in answers.prompts for _ in range(count)]
     _, parts = rewards(repeated, answers.texts)
-    right = (parts[rewards.parts[0][0]].reshape(-1, count) >= 1).sum(axis=1)
+    first = parts[rewards.parts[0][0]]
     return {
         "problems": len(answers.prompts),
         "answers_per_problem": count,
         **{name: float(values.mean()) for name, values in parts.items()},
-        **{f"pass@{k}": pass_at_k(right.tolist(), count, k) for k in ks},
+        **evaluation_metrics(first, answers.texts, count, ks),
         "response_tokens": float(np.mean([len(rollout.response_ids) for rollout in answers.rollouts])),
     }

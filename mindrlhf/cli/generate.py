@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
     from mindrlhf.cli.inference import Answers
     from mindrlhf.config import InferenceConfig
-    from mindrlhf.types import Prompt
 
 EPILOG = """--post-process writes a data set for the next round of training; it takes num_generations answers a prompt,
-rewarded by --reward-model or by the functions of the config's `rewards`:
+rewarded by --reward-model or by the config's `rewards`:
   rs        the best answer of each prompt (rejection sampling, best of n), for `mindrlhf sft`
   csft      every answer with its reward told behind the prompt, for `mindrlhf sft`
   iter_dpo  the best against the worst answer of each prompt, for `mindrlhf dpo`"""
@@ -96,24 +95,16 @@ def _selected(kind: str, config: "InferenceConfig", answers: "Answers", rewards:
 
 def _rewarder(arguments: argparse.Namespace, config: "InferenceConfig") -> "Callable[[Answers], np.ndarray]":
     """From answers to their rewards, [answers] float in their order."""
-    from mindrlhf.utils.parallel import start
+    from mindrlhf.config import RewardFunctionConfig
+    from mindrlhf.trainer.reward_parts import open_rewards
 
-    start()
+    parts = config.rewards
+    if arguments.reward_model:
+        parts = [RewardFunctionConfig(model=arguments.reward_model, normalize_reward=arguments.normalize_reward)]
+    rewards = open_rewards(parts, Path())
 
-    def repeated(answers: "Answers") -> list["Prompt"]:
-        return [prompt for prompt in answers.prompts for _ in range(config.num_generations)]
+    def reward(answers: "Answers") -> "np.ndarray":
+        repeated = [prompt for prompt in answers.prompts for _ in range(config.num_generations)]
+        return rewards(repeated, answers.texts)[0]
 
-    if not arguments.reward_model:
-        from mindrlhf.rewards import Rewards
-
-        rewards = Rewards.from_config(config.rewards, Path())
-        return lambda answers: rewards(repeated(answers), answers.texts)[0]
-    from mindrlhf.trainer.reward_model import RewardModel
-
-    model = RewardModel.open(arguments.reward_model)
-
-    def score(answers: "Answers") -> "np.ndarray":
-        scores = model.score_texts([prompt.text for prompt in repeated(answers)], answers.texts)
-        return model.normalized(scores) if arguments.normalize_reward else scores
-
-    return score
+    return reward

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 from typing import Any, NamedTuple
 
 
@@ -38,8 +39,12 @@ JOBS = {
         "KDConfig", "mindrlhf.trainer.distillation:KDTrainer", "examples/kd/kd.yaml",
     ),
     "grpo": Job(
-        "Train a policy online with GRPO, Dr.GRPO or DAPO (algorithm.name).",
+        "Train a policy online without a critic: GRPO, RLOO, REINFORCE++ and their kin (algorithm.name).",
         "GRPOConfig", "mindrlhf.trainer.grpo:GRPOTrainer", "examples/grpo/arithmetic.yaml",
+    ),
+    "ppo": Job(
+        "Train a policy online with PPO and its critic.",
+        "PPOConfig", "mindrlhf.trainer.ppo:PPOTrainer", "examples/ppo/ppo.yaml",
     ),
 }  # fmt: skip
 
@@ -80,8 +85,7 @@ def report(summary: dict[str, Any], output: str) -> str:
         width = max(map(len, names)) + 2
         lines += ["", f"{'held out':<{width + 18}}{'before':>8}{'after':>8}"]
         for name in names:
-            before = summary["before"].get(name)
-            shown = _rounded(before) if before is not None else f"{'-':>8}"
+            shown = _rounded(summary["before"][name]) if name in summary["before"] else f"{'-':>8}"
             lines.append(f"  {name:<{width + 16}}{shown}{_rounded(summary['after'][name])}")
     if summary.get("samples"):
         lines += ["", "three held-out problems:"]
@@ -92,10 +96,26 @@ def report(summary: dict[str, Any], output: str) -> str:
     lines += ["", f"{summary['steps']} steps in {summary['seconds']:.0f} s; metrics, curves.png and tb/ in {output}/"]
     if summary["skipped_updates"]:
         lines.append(f"{summary['skipped_updates']} updates were skipped: a gradient was not finite, see metrics.jsonl")
+    lines += _best(summary)
     lines.append(f"checkpoint: {summary['checkpoint']}")
     return "\n".join(lines)
 
 
-def _rounded(value: float) -> str:
-    """Three digits, and no minus before a zero."""
+def _best(summary: dict[str, Any]) -> list[str]:
+    """What trainer.best and trainer.patience led to."""
+    best, lines = summary.get("best"), []
+    if not best:
+        return lines
+    if summary["stopped_early"]:
+        lines.append(f"stopped early: {best['evaluations_since']} evaluations without a better {best['metric']}")
+    if best["step"] is None:
+        return [*lines, f"best: no evaluation had a finite {best['metric']}"]
+    found = f"{best['metric']} {_rounded(best['value']).strip()} at step {best['step']}"
+    return [*lines, f"best: {found}, {best['checkpoint']}"]
+
+
+def _rounded(value: float | None) -> str:
+    """Three digits, and no minus before a zero; None stands for what was not finite."""
+    if value is None or not math.isfinite(value):
+        return f"{'nan':>8}"
     return f"{round(value, 3) + 0.0:8.3f}"

@@ -4,13 +4,16 @@ from dataclasses import dataclass, field
 
 from mindrlhf.config.sections import (
     AlgorithmConfig,
+    CriticConfig,
     DataConfig,
     DistillationConfig,
+    EvaluationConfig,
     KTOLossConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     PreferenceLossConfig,
+    PretrainingConfig,
     RewardFunctionConfig,
     RewardLossConfig,
     RolloutConfig,
@@ -23,19 +26,21 @@ from mindrlhf.config.sections import (
 
 
 @dataclass
-class GRPOConfig:
-    """An online job: `mindrlhf grpo --config x.yaml`. Also what GRPOTrainer takes."""
+class OnlineConfig:
+    """What every online job has."""
 
     seed: int = 1
-    output: str = "runs/grpo"
+    output: str = "runs/online"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: list[RewardFunctionConfig] = field(default_factory=lambda: [RewardFunctionConfig()])
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
@@ -45,6 +50,27 @@ class GRPOConfig:
     @property
     def num_generations(self) -> int:
         return self.rollout.num_generations
+
+    @property
+    def num_rollouts(self) -> int:
+        """Answers a step."""
+        return self.rollout.prompts_per_step * self.rollout.num_generations
+
+
+@dataclass
+class GRPOConfig(OnlineConfig):
+    """Without a critic, `mindrlhf grpo`: any row of trainer/algorithms.py but ppo. Also what GRPOTrainer takes."""
+
+    output: str = "runs/grpo"
+
+
+@dataclass
+class PPOConfig(OnlineConfig):
+    """With a critic, `mindrlhf ppo`. Also what PPOTrainer takes."""
+
+    output: str = "runs/ppo"
+    algorithm: AlgorithmConfig = field(default_factory=lambda: AlgorithmConfig(name="ppo"))
+    critic: CriticConfig = field(default_factory=CriticConfig)
 
 
 @dataclass

@@ -98,14 +98,49 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     slots: int = 64  # answers decoded at the same time
     max_prompt_tokens: int = 512  # the window: a longer prompt is an error, see data.strict
+    environment: FunctionText = ""  # path.py:Class of a multi-turn environment, see docs/agents.md; empty: one turn
+    max_turns: int = 8  # of one conversation with an environment
+    partial_tokens: int = 0  # sampled tokens an answer and step; what is unfinished goes on in the next; 0: off
+    asynchronous: bool = False  # generate the next step's answers while this step trains: one step off-policy
+
+
+@dataclass
+class StepRewardConfig:
+    """How the steps of a solution are judged."""
+
+    placeholder: str = "<|step|>"  # the token behind each step, at which the judgement is read; exactly one token
+    reward_tokens: list[str] = field(default_factory=lambda: ["+", "-"])  # best first; one token each
 
 
 @dataclass
 class RewardFunctionConfig:
-    """One part of the reward."""
+    """One part of the reward: a function, a model's directory (`model`), or servers (`urls`)."""
 
     function: FunctionText = "accuracy"  # a name of mindrlhf.rewards, or path.py:function
     weight: float = 1.0
+    name: str = ""  # in the metrics; empty: the function's name, `model` or `remote`
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the function, by keyword
+    model: PathText = ""  # directory of a reward model, or of a process reward model, instead of a function
+    normalize_reward: bool = False  # model: (score - mean) / std of its evaluation set
+    process: bool = False  # model: it is a process reward model, which judges every step
+    step_separator: str = "\n"  # process: what ends a step of an answer
+    step_reduction: Literal["min", "mean", "product", "last"] = "min"  # process: from its steps to the answer's reward
+    steps: StepRewardConfig = field(default_factory=StepRewardConfig)  # process: its tokens
+    urls: list[str] = field(default_factory=list)  # servers of one reward model, which share the load
+    timeout: float = 180.0  # urls: seconds that a request may take
+    retries: int = 5  # urls: after the first attempt, with growing pauses, each at the next server
+
+
+@dataclass
+class MismatchConfig:
+    """What generation's log-probs and training's old log-probs differ by: w = exp(old - sampled)."""
+
+    rescore: bool = False  # take the old log-probs from a forward pass before training, not from generation
+    # The advantages times w, which rescores; null: truncated where answers are of older weights (rollout.asynchronous,
+    # partial_tokens), else none
+    correction: Literal["none", "truncated", "icepop", "sequence_mask"] | None = None
+    low: float = 0.5  # truncated: w is clamped to [low, high]; icepop: 0 outside it;
+    high: float = 5.0  # sequence_mask: answers whose geometric mean of w is outside are left out
 
 
 @dataclass
@@ -117,22 +152,53 @@ class AlgorithmConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0  # linear rise of the learning rate from 0
     min_learning_rate_ratio: float = 0.0  # linear and cosine end at this times the peak
+    policy_loss: str | None = None  # ppo, gspo, cispo, reinforce or importance_sampling
     aggregation: str | None = None  # token_mean, sequence_mean, sequence_sum, constant or token_sum
     advantage_epsilon: float = 1e-6  # added to the group's standard deviation
-    eps_low: float = 0.2  # clip range of the ratio below 1
+    whiten: bool | None = None  # advantages of the whole step to mean 0 and deviation 1, over its tokens
+    whiten_ddof: Literal[0, 1] = 0  # 1: with the variance of a sample
+    gamma: float = 1.0  # discount of rewards, per sampled token
+    gae_lambda: float = 1.0  # 1: whole returns; under 1 the critic's values stand in for the rest (PPO)
+    eps_low: float | None = None  # clip range of the ratio below 1
     eps_high: float | None = None  # clip range above 1
-    dual_clip: float = 0.0  # bound of the loss where the advantage is negative, over 1; 0: off
+    dual_clip: float | None = None  # bound of the loss where the advantage is negative, over 1; 0: off
     kl_coef: float | None = None  # weight of the KL to the reference
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_in_reward: bool = False  # True: subtracted from the reward; False: added to the loss
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_in_reward: bool | None = None  # True: subtracted from the reward; False: added to the loss
+    kl_target: float = 0.0  # nats an answer that the adaptive controller steers kl_coef to; 0: kl_coef is fixed
+    kl_horizon: float = 10000.0  # answers over which the controller acts
     entropy_coef: float = 0.0  # bonus for entropy
-    reward_clip: float = 10.0  # rewards are clipped to [-reward_clip, reward_clip] before the group's baseline
+    reward_clip: float = 10.0  # rewards are clipped to [-reward_clip, reward_clip] before any baseline
+    missing_stop_penalty: float = 0.0  # subtracted from the reward of an answer that was cut off
     epochs_per_rollout: int = 1  # passes over each batch of answers
     updates_per_epoch: int = 1  # optimizer steps that a pass is split into
     dynamic_sampling: bool | None = None  # resample until no group is all right or all wrong
     dynamic_sampling_max_rounds: int = 4  # generation rounds a step before it trains on what it has
     overlong_buffer: int | None = None  # last tokens of max_tokens, where the length penalty rises to factor; 0: off
     overlong_factor: float = 1.0
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    ema_decay: float = 0.0  # of a running average of the weights, saved beside them and evaluated; 0: off
+
+
+@dataclass
+class PretrainingConfig:
+    """PPO-ptx, arXiv 2203.02155: a supervised loss mixed into every policy update."""
+
+    coef: float = 0.0  # weight of its loss; 0: off
+    train: list[SourceConfig] = field(default_factory=list)  # rows as `mindrlhf sft` reads them
+    batch_size: int = 32  # rows an update
+
+
+@dataclass
+class CriticConfig:
+    """The value function of PPO."""
+
+    model: PathText = ""  # a checkpoint to begin with, a reward model's for example; empty: the policy as it starts
+    shared_trunk: bool = False  # a value head on the policy's own decoder, trained with it in one graph
+    learning_rate: float = 1e-5  # peak, with the policy's schedule; a shared trunk has the policy's
+    coef: float = 0.1  # weight of the value loss in the policy's, with a shared trunk
+    value_clip: float = 0.5  # values move at most so far from the old ones without loss; 0: off
+    warmup_steps: int = 0  # first steps that train the critic alone
 
 
 @dataclass
@@ -173,14 +239,6 @@ class KTOLossConfig:
 
 
 @dataclass
-class StepRewardConfig:
-    """How the steps of a solution are judged."""
-
-    placeholder: str = "<|step|>"  # the token behind each step, at which the judgement is read; exactly one token
-    reward_tokens: list[str] = field(default_factory=lambda: ["+", "-"])  # best first; one token each
-
-
-@dataclass
 class DistillationConfig:
     teacher: PathText = ""  # checkpoint of the teacher, which must have the student's vocabulary
     name: Literal["kd", "gkd"] = "kd"  # (1 - coef) CE + coef CE to the teacher; or GKD's divergence alone
@@ -209,7 +267,20 @@ class TrainerConfig:
     evaluate_rows: int = 0  # first held-out rows; 0: all
     save_every: int = 0  # steps; 0: at the end only
     keep_checkpoints: int = 2  # older ones are removed; 0: keep all
+    best: str = ""  # a metric of the evaluations, whose best checkpoint is kept; empty: none
+    best_is: Literal["largest", "smallest"] = "largest"
+    patience: int = 0  # evaluations without a better `best` before the run stops; 0: off
     resume: Literal["auto", "never"] = "auto"  # auto: from the newest whole checkpoint of the output directory
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out answers during online training: greedy ones, and where num_generations is over 1 sampled ones."""
+
+    num_generations: int = 1  # sampled answers a problem, for pass@k and maj@k
+    k: list[int] = field(default_factory=lambda: [1])  # of pass@k and maj@k, up to num_generations
+    temperature: float = 1.0  # of the sampled answers
+    kl: bool = False  # KL of the greedy answers to the reference, and the reward less the KL penalty
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """From rows of data set files to tokenised examples: the one loop over files, rows and batches of texts."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from mindrlhf.config import DataConfig, SourceConfig
-from mindrlhf.data.prompts import normalised
 from mindrlhf.data.readers import Row, UnusableRows, read_rows
 from mindrlhf.data.tokenizers import encode
 from mindrlhf.errors import UserError
@@ -54,11 +54,17 @@ class Draft(Generic[Item]):
 
 
 def read_examples(
-    sources: list[SourceConfig], data: DataConfig, tokenizer: Any, base: Path, draft: Callable[[Row], Draft[Item]]
+    sources: list[SourceConfig],
+    data: DataConfig,
+    tokenizer: Any,
+    base: Path,
+    draft: Callable[[Row], Draft[Item]],
+    limit: str = "training.max_tokens",
 ) -> Examples[Item]:
     """Every row of every source through `draft`, which raises UnusableRow for one that is to be refused.
 
-    Paths are relative to `base`. What was skipped is logged in one line.
+    Paths are relative to `base`; `limit` is the option that says how long an example may be, for the error message.
+    What was skipped is logged in one line.
 
     Raises UserError for what the readers and `draft` refuse, wrong probabilities, a file without a usable row and,
     where data.strict, the first unusable row.
@@ -79,7 +85,7 @@ def read_examples(
                 stop_ids.update(drafted.stop_ids)
         if len(items) == before:
             reasons = ", ".join(f"{count} {reason}" for reason, count in unusable.skipped.items())
-            fix = "mend the rows, remove the file, or raise training.max_tokens where they are too long"
+            fix = f"mend the rows, remove the file, or raise {limit} where they are too long"
             raise UserError(f"{path}: every row was skipped: {reasons}; {fix}")
         sizes.append(len(items) - before)
         skipped.update(unusable.skipped)
@@ -107,3 +113,18 @@ def _read_batch(
         except UnusableRow as refused:
             unusable.refuse(row, refused.reason, refused.problem)
     return finished
+
+
+def normalised(sources: list[SourceConfig]) -> list[float]:
+    """The sources' shares of the draws, which sum to 1.
+
+    Raises UserError for a share that is negative or not finite, and where all are 0.
+    """
+    for source in sources:
+        if not (math.isfinite(source.probability) and source.probability >= 0):
+            raise UserError(f"{source.path}: probability: {source.probability} is not a share; use 0 or more")
+    total = sum(source.probability for source in sources)
+    if sources and total == 0:
+        names = ", ".join(source.path for source in sources)
+        raise UserError(f"{names}: probability: all are 0; give one of the files more than 0")
+    return [source.probability / total for source in sources]

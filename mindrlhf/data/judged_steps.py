@@ -78,14 +78,21 @@ def _prompt(row: Row, data: DataConfig, tokenizer: Any) -> str:
     return render_prompt(prompt.value, data, tokenizer, prompt.where)
 
 
-def _join(ids: list[np.ndarray], placeholder: int, probabilities: np.ndarray, max_tokens: int) -> JudgedSteps:
-    """The prompt and the pieces ([n] int32 each) with a placeholder behind every piece but the last."""
+def join_steps(ids: list[np.ndarray], placeholder: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the prompt and the pieces ([n] int32 each): all in a row, a placeholder behind every piece but the last.
+
+    Returns the tokens [N] int32 and where the placeholders are, [N] bool.
+    """
     prompt, *pieces = ids
     parts, marks = [prompt], [np.zeros(len(prompt), dtype=bool)]
     for piece in pieces:
         parts += [piece, np.array([placeholder], dtype=np.int32)]
         marks += [np.zeros(len(piece), dtype=bool), np.ones(1, dtype=bool)]
-    solution = JudgedSteps(np.concatenate(parts[:-1]), np.concatenate(marks[:-1]), probabilities)
+    return np.concatenate(parts[:-1]), np.concatenate(marks[:-1])
+
+
+def _join(ids: list[np.ndarray], placeholder: int, probabilities: np.ndarray, max_tokens: int) -> JudgedSteps:
+    solution, prompt = JudgedSteps(*join_steps(ids, placeholder), probabilities), ids[0]
     if len(prompt) >= max_tokens:
         raise UnusableRow("prompt fills the window", f"the prompt alone is {len(prompt)} tokens, {limit(max_tokens)}")
     if len(solution.ids) > max_tokens:

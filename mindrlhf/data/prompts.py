@@ -1,16 +1,18 @@
 """The prompts of an online job, and the endless order in which they are drawn."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindrlhf.config import DataConfig, SourceConfig
-from mindrlhf.data.readers import UnusableRows, column
-from mindrlhf.data.templates import render_rows
-from mindrlhf.data.tokenizers import encode
+from mindrlhf.data.examples import Draft, UnusableRow, read_examples
+from mindrlhf.data.readers import Row, column
+from mindrlhf.data.templates import render_prompt
+from mindrlhf.data.turns import Value
 from mindrlhf.errors import UserError
 from mindrlhf.types import Prompt
 
@@ -40,33 +42,36 @@ class PromptDataset:
         Raises UserError for what the readers and templates refuse, a file without a usable row, wrong probabilities,
         and, where data.strict, an empty prompt or one of more than `max_prompt_tokens` tokens.
         """
-        probabilities = normalised(sources)
-        unusable = UnusableRows(data.strict)
-        prompts: list[Prompt] = []
-        ranges = []
-        for source, probability in zip(sources, probabilities, strict=True):
-            path = Path(base) / source.path
-            start = len(prompts)
-            rendered = render_rows(path, data, tokenizer, unusable)
-            tokenised = encode(tokenizer, [text for _, text in rendered])
-            for (row, text), ids in zip(rendered, tokenised, strict=True):
-                label = column(row, data.label_key, 'data.label_key ("": none)') if data.label_key else None
-                if len(ids) > max_prompt_tokens:
-                    problem = f"the prompt has {len(ids)} tokens, the limit is {max_prompt_tokens}"
-                    fix = f"raise max_prompt_tokens to {len(ids)} if the model's window holds it, shorten the prompt"
-                    unusable.refuse(row, "prompt too long", f"{problem}; {fix}")
-                    continue
-                prompts.append(Prompt(ids=ids, text=text, label=label, key=len(prompts), row=row.values))
-            if len(prompts) == start:
-                raise UserError(f"{path}: every row was skipped: {unusable.skipped}; mend the rows or remove the file")
-            ranges.append(PromptSource(range(start, len(prompts)), probability))
-        return cls(prompts, ranges, unusable.skipped)
+        examples = read_examples(
+            sources, data, tokenizer, base, lambda row: _draft(row, data, tokenizer, max_prompt_tokens),
+            "max_prompt_tokens",
+        )  # fmt: skip
+        prompts = [replace(prompt, key=key) for key, prompt in enumerate(examples.items)]
+        keys = (range(end - size, end) for size, end in zip(examples.sizes, accumulate(examples.sizes), strict=True))
+        return cls(prompts, list(map(PromptSource, keys, examples.probabilities)), examples.skipped)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
+
+
+def _draft(row: Row, data: DataConfig, tokenizer: Any, max_prompt_tokens: int) -> Draft[Prompt]:
+    prompt = Value.read(row, data, "prompt_key")
+    prompt.refuse_empty("empty prompt")
+    text = render_prompt(prompt.value, data, tokenizer, prompt.where)
+    label = column(row, data.label_key, 'data.label_key ("": none)') if data.label_key else None
+
+    def finish(ids: list[np.ndarray]) -> list[Prompt]:
+        count = len(ids[0])
+        if count > max_prompt_tokens:
+            problem = f"the prompt has {count} tokens, the limit is {max_prompt_tokens}"
+            fix = f"raise max_prompt_tokens to {count} if the model's window holds it, shorten the prompt"
+            raise UnusableRow("prompt too long", f"{problem}; {fix}")
+        return [Prompt(ids[0], text, label, key=-1, row=row.values)]  # numbered when all are read
+
+    return Draft([text], finish)
 
 
 class PromptOrder:
@@ -134,18 +139,3 @@ class PromptOrder:
 
 def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(key))
-
-
-def normalised(sources: list[SourceConfig]) -> list[float]:
-    """The sources' shares of the draws, which sum to 1.
-
-    Raises UserError for a share that is negative or not finite, and where all are 0.
-    """
-    for source in sources:
-        if not (math.isfinite(source.probability) and source.probability >= 0):
-            raise UserError(f"{source.path}: probability: {source.probability} is not a share; use 0 or more")
-    total = sum(source.probability for source in sources)
-    if sources and total == 0:
-        names = ", ".join(source.path for source in sources)
-        raise UserError(f"{names}: probability: all are 0; give one of the files more than 0")
-    return [source.probability / total for source in sources]

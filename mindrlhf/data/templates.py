@@ -1,11 +1,9 @@
 """From a data set's column to the text that the model reads."""
 
 import reprlib
-from pathlib import Path
 from typing import Any
 
 from mindrlhf.config import DataConfig
-from mindrlhf.data.readers import Row, UnusableRows, column, read_rows
 from mindrlhf.errors import UserError
 
 # ShareGPT's names of the speakers, as in {"from": "human", "value": "text"}.
@@ -52,19 +50,6 @@ def render_messages(messages: list[dict], tokenizer: Any, where: str, answer_fol
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
     except TemplateError as error:  # the template's own checks, such as roles that must alternate
         raise UserError(f"{where}: the chat template refuses the messages: {error}; mend the row") from None
-
-
-def render_rows(path: Path, data: DataConfig, tokenizer: Any, unusable: UnusableRows) -> list[tuple[Row, str]]:
-    """The rows of one file, each with its prompt rendered; rows with an empty prompt go to `unusable`."""
-    rendered = []
-    for row in read_rows(path, data.max_rows):
-        value = column(row, data.prompt_key, "data.prompt_key")
-        if is_empty(value):
-            unusable.refuse(row, "empty prompt", f"column {data.prompt_key!r} is empty; fill it")
-            continue
-        where = f"{row.where}: column {data.prompt_key!r}"
-        rendered.append((row, render_prompt(value, data, tokenizer, where)))
-    return rendered
 
 
 def is_empty(value: Any) -> bool:

@@ -1,17 +1,14 @@
 """The weighted sum of several reward functions, and the check of everything that they return."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindrlhf.config import RewardFunctionConfig
 from mindrlhf.errors import UserError
-from mindrlhf.rewards.user import call_reward_function, exception_line, load_reward_function, source_code
+from mindrlhf.rewards.remote import LARGEST_REWARD, Background
+from mindrlhf.rewards.user import call_reward_function, exception_line, source_code
 from mindrlhf.types import Prompt
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Rewards:
@@ -20,6 +17,9 @@ class Rewards:
     A part is (name, function, weight); what functions may look like says user.call_reward_function. They return a
     list, an array or anything with .tolist() of n numbers, or OpenRLHF's {"rewards": ..., "scores": ...,
     "extra_logs": {...}}. None in a list is TRL's "does not apply to this answer" and counts as 0.
+
+    A function may have two attributes: `concurrent`, true where it only waits for others and so may run beside the
+    rest, and `place`, what an error message calls it by instead of its file.
     """
 
     def __init__(self, parts: Sequence[tuple[str, Callable, float]]):
@@ -32,15 +32,6 @@ class Rewards:
             if not np.isfinite(weight):
                 raise UserError(f"reward {name!r}: its weight {weight} is not a finite number")
             self.parts.append((_unique(name, [part[0] for part in self.parts]), function, float(weight)))
-
-    @classmethod
-    def from_config(cls, configs: Sequence[RewardFunctionConfig], base: Path) -> "Rewards":
-        """Functions by name or path.py:function, paths relative to base; a part is named after its function."""
-        parts = []
-        for config in configs:
-            function = load_reward_function(config.function, base)
-            parts.append((config.function.rpartition(":")[2], function, config.weight))
-        return cls(parts)
 
     @classmethod
     def from_functions(
@@ -63,9 +54,17 @@ class Rewards:
         """
         total = np.zeros(len(completions), np.float64)
         parts: dict[str, np.ndarray] = {}
+        waiting = {
+            name: Background(_call, name, function, prompts, completions)
+            for name, function, _ in self.parts
+            if getattr(function, "concurrent", False)
+        }
+        results = {
+            name: _call(name, function, prompts, completions) for name, function, _ in self.parts if name not in waiting
+        }
+        results |= {name: asked.result() for name, asked in waiting.items()}
         for name, function, weight in self.parts:
-            returned = _call(name, function, prompts, completions)
-            values = _columns(name, function, returned, completions)
+            values = _columns(name, function, results[name], completions)
             total += weight * values[name]
             parts |= {key: value.astype(np.float32) for key, value in values.items()}
         return total.astype(np.float32), parts
@@ -112,7 +111,7 @@ def _numbers(name: str, function: Callable, returned: Any, completions: Sequence
             continue
         if not isinstance(value, (bool, int, float)):
             problem = f"{value!r:.60}, which is not a number"
-        elif not abs(value) <= _LARGEST:
+        elif not abs(value) <= LARGEST_REWARD:
             problem = f"{value!r:.60}, which is not a finite number"
         else:
             result[i] = value
@@ -126,7 +125,8 @@ def _numbers(name: str, function: Callable, returned: Any, completions: Sequence
 
 def _where(name: str, function: Callable) -> str:
     code = source_code(function)
-    return f"reward {name!r} ({code.co_filename}:{code.co_firstlineno})" if code else f"reward {name!r}"
+    place = getattr(function, "place", None) or (code and f"{code.co_filename}:{code.co_firstlineno}")
+    return f"reward {name!r} ({place})" if place else f"reward {name!r}"
 
 
 def _name(function: Callable) -> str:

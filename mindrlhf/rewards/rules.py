@@ -41,7 +41,8 @@ def accuracy_reward(completions: list[str], label: list[Any], **columns: Any) ->
     are units and ignored, so 50% = 50 and not 0.5. What is no number is compared as text, without case, white space
     (but between digits), LaTeX spacing, \\text{} and a final period.
     """
-    return [float(_is_right(text, answer)) for text, answer in zip(completions, label, strict=True)]
+    expected = [answer_form(expected_answer(answer, "accuracy")) for answer in label]
+    return [float(_is_right(text, answer)) for text, answer in zip(completions, expected, strict=True)]
 
 
 def format_reward(completions: list[str], **columns: Any) -> list[float]:
@@ -71,6 +72,46 @@ def marked_answer(text: str) -> str | None:
     return None
 
 
+def require_label(label: Any, reward: str) -> None:
+    """Raises UserError where there is none; `reward` is the name of who asks."""
+    if label is None:
+        raise UserError(
+            f"the {reward} reward needs a label for every prompt: set data.label_key to the answers' column"
+        )
+
+
+def expected_answer(label: Any, reward: str) -> str:
+    """The answer that a data set's label stands for: what it marks, else the whole of it as text."""
+    require_label(label, reward)
+    text = str(label)
+    marked = marked_answer(text)
+    return text if marked is None else marked
+
+
+def answer_form(answer: str) -> str:
+    """The normal form of an answer: two answers are equal, as accuracy_reward compares, where their forms are.
+
+    A number's is its exact value as an integer or a reduced fraction ("-7", "3/4"), that of anything else its text
+    without what accuracy_reward ignores. Empty for an answer that says nothing, which equals no other.
+    """
+    text = _normalise(answer)
+    number = _parse_plain(text)
+    return text if number is None else str(number)
+
+
+def answer_key(completion: str) -> str:
+    """The normal form of the answer that a completion gives: what a majority vote counts.
+
+    The answer is the marked one, else the whole completion where it is a number, else its last number, else all of its
+    text. Empty where there is none.
+    """
+    marked = marked_answer(completion)
+    if marked is not None:
+        return answer_form(marked)
+    number = None if parse_number(completion) is not None else _last_number(completion)
+    return answer_form(completion if number is None else number)
+
+
 def parse_number(text: str) -> Fraction | None:
     """The exact value of an integer, decimal, power-of-ten or fraction (a/b, \\frac{a}{b}); None if it is no number.
 
@@ -80,25 +121,16 @@ def parse_number(text: str) -> Fraction | None:
     return _parse_plain(_normalise(text))
 
 
-def _is_right(completion: str, label: Any) -> bool:
-    if label is None:
-        raise UserError("the accuracy reward needs a label for every prompt: set data.label_key to the answers' column")
-    expected = str(label)
-    marked = marked_answer(expected)
-    expected = expected if marked is None else marked
-    answer = marked_answer(completion)
-    if answer is not None:
-        return _equal(answer, expected)
-    numbers = deque(_LAST_NUMBER.finditer(completion.replace("−", "-")), maxlen=1)
-    return _equal(completion, expected) or any(_equal(number.group(), expected) for number in numbers)
+def _is_right(completion: str, expected: str) -> bool:
+    """expected: the form of the answer. What marks no answer has two readings, its last number and its whole text."""
+    marked = marked_answer(completion)
+    answers = [completion, _last_number(completion)] if marked is None else [marked]
+    return expected != "" and any(answer is not None and answer_form(answer) == expected for answer in answers)
 
 
-def _equal(answer: str, expected: str) -> bool:
-    answer, expected = _normalise(answer), _normalise(expected)
-    a, b = _parse_plain(answer), _parse_plain(expected)
-    if a is not None and b is not None:
-        return a == b
-    return answer != "" and answer == expected
+def _last_number(text: str) -> str | None:
+    numbers = deque(_LAST_NUMBER.finditer(text.replace("−", "-")), maxlen=1)
+    return numbers[0].group() if numbers else None
 
 
 def _normalise(text: str) -> str:

@@ -1,17 +1,18 @@
 """What every trainer's run shares: the output directory, resuming, evaluating, logging, saving, stopping."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindrlhf.config import GRPOConfig, OfflineConfig, config_to_yaml, difference
+from mindrlhf.config import OfflineConfig, OnlineConfig, config_to_yaml, difference
 from mindrlhf.errors import UserError
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import Source
+from mindrlhf.trainer.best import Best
 from mindrlhf.trainer.roles import Policy, open_checkpoint
 from mindrlhf.utils.checkpoint import Checkpoints
 from mindrlhf.utils.logging import RunLog
@@ -21,16 +22,18 @@ from mindrlhf.wrapper.train_step import TrainStep
 
 # What may differ between the run that saved a checkpoint and the one that resumes it.
 RESUMABLE = ("output", "logging.", "trainer.steps", "trainer.epochs", "trainer.save_every", "trainer.evaluate_every",
-             "trainer.keep_checkpoints", "trainer.resume")  # fmt: skip
+             "trainer.keep_checkpoints", "trainer.best", "trainer.best_is", "trainer.patience",
+             "trainer.resume")  # fmt: skip
 
 
 class Trainer(ABC):
     """Subclasses say what one step, one evaluation and their own state are; `fit` does the rest."""
 
-    config: GRPOConfig | OfflineConfig
+    config: OnlineConfig | OfflineConfig
     policy: Policy
     train_step: TrainStep
     step: int = 0  # steps done
+    best = Best()  # of the evaluations so far
     _recorded: int | None = None  # the last step whose log lines hold; -1: none of them, None: there are none
 
     @abstractmethod
@@ -68,7 +71,7 @@ class Trainer(ABC):
         model, first = self.config.model, self.checkpoints.path(0)
         if fresh and not model.reference:
             if not self.starts_at_path:
-                self.save_checkpoint()  # step 0: a resumed run takes the reference from it
+                self._save()  # step 0: a resumed run takes the reference from it
             return Scorer(Decoder(self.policy.decoder.config, self.policy.decoder.weights), temperature)
         directory = model.reference or (str(first) if first.is_dir() else model.path)
         if not directory:
@@ -96,18 +99,44 @@ class Trainer(ABC):
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.output / "checkpoints", self.config.trainer.keep_checkpoints)
 
-    def save_checkpoint(self, state: dict[str, Any] | None = None) -> Path:
-        """Weights, optimizer, step, data position and seed of now, as output/checkpoints/step-N."""
+    def save_checkpoint(self, rank_id: int = 0, epoch: int | None = None) -> Path:
+        """Weights, optimizer, step, data position and seed of now, as output/checkpoints/step-N.
+
+        rank_id is the process's number; with one process it is 0. epoch is the program's own count, which the
+        checkpoint does not need: N is the step.
+        """
+        refuse_rank(rank_id)
+        return self._save()
+
+    def _save(self, state: dict[str, Any] | None = None) -> Path:
+        """state: what `state()` gave when the weights were as they are; None: now."""
         state = {
             "step": self.step,
             "updates": self.train_step.updates,
             "skipped": self.train_step.skipped,
+            "best": self.best.state(),
             **(self.state() if state is None else state),
         }
-        return self.checkpoints.save(self.step, state, self._optimizer_sources(), self.policy.write)
+        return self.checkpoints.save(self.step, state, self._sources(), self.write)
 
-    def _optimizer_sources(self) -> Iterable[Source]:
-        return ((name, array.shape, lambda array=array: array) for name, array in self.train_step.state())
+    def _sources(self) -> Iterable[Source]:
+        return ((name, array.shape, lambda array=array: array) for name, array in self.tensors())
+
+    def write(self, directory: Path) -> None:
+        """The models of a checkpoint, into its directory."""
+        self.policy.write(directory)
+
+    def load(self, directory: Path) -> None:
+        """The inverse of `write`."""
+        self.policy.load(directory)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What else a checkpoint holds: the optimizer's tensors by name."""
+        yield from self.train_step.state()
+
+    def load_tensors(self, read: Callable[[str], np.ndarray], state: dict[str, Any]) -> None:
+        """The inverse of `tensors`; state is what was saved beside them."""
+        self.train_step.load_state(read, state["updates"], state["skipped"])
 
     def resume(self) -> bool:
         """From the newest whole checkpoint of the output directory, if there is one. Raises UserError where the
@@ -132,30 +161,31 @@ class Trainer(ABC):
             return False
         state, moments = self.checkpoints.read(steps[-1])
         self.step = self._recorded = state["step"]
-        self.policy.load(self.checkpoints.path(self.step))
-        self.train_step.load_state(moments, state["updates"], state["skipped"])
+        self.load(self.checkpoints.path(self.step))
+        self.load_tensors(moments, state)
+        self.best = Best.resumed(state["best"], self.config.trainer)
         self.load_state(state)
         return True
 
     def fit(self) -> dict[str, Any]:
         """The whole run; returns what summary.json holds."""
+        self.best = Best.of(self.config.trainer)
         resumed = self.resume()
         total, logging = self.total_steps(), self.config.logging
         finished = self.output / "summary.json"
-        if resumed and self.step >= total and finished.is_file():
+        if resumed and (self.step >= total or self._is_stopped) and finished.is_file():
             return read_json(finished)  # nothing to do, nothing to overwrite
         with RunLog(self.output, logging, config_to_yaml(self.config), self._recorded) as log:
             if resumed:
                 print(f"resumed from {self.checkpoints.path(self.step)}")
             else:
                 self.prepare(log)
-            if self.step == 0 and not log.first("eval/"):
-                self._evaluate(log)
+            self._start_best(log)
             with Progress(total, self.step, self.output.name, logging.progress) as progress:
-                while self.step < total:
+                while self.step < total and not self._is_stopped:
                     self._one(log, progress, total)
-            final = self._last_evaluation(log)
-            path = self.save_checkpoint()
+            final = log.last("eval/", self.step) or self._evaluate(log)
+            path = self._save()
             summary = {
                 "steps": self.step,
                 "before": log.first("eval/"),
@@ -163,6 +193,7 @@ class Trainer(ABC):
                 "skipped_updates": self.train_step.skipped,
                 "seconds": round(log.seconds, 1),
                 "checkpoint": str(path),
+                **self._best_summary(total),
                 **self.close(log),
             }
             log.summary(summary)
@@ -174,26 +205,71 @@ class Trainer(ABC):
         try:
             metrics, rows = self.run_step()
         except UserError as error:  # a reward function that fails: nothing was updated in this step
-            raise UserError(f"{error}; stopped at step {self.step}, saved {self.save_checkpoint(before)}") from error
+            raise UserError(f"{error}; stopped at step {self.step}, saved {self._save(before)}") from error
         config = self.config.trainer
         if rows:
             log.completions(self.step, rows)
-        if config.evaluate_every and self.step % config.evaluate_every == 0:
-            metrics |= {f"eval/{name}": value for name, value in self.evaluate().items()}
+        evaluated = bool(config.evaluate_every) and self.step % config.evaluate_every == 0
+        values = self.evaluate() if evaluated else {}
+        metrics |= {f"eval/{name}": value for name, value in values.items()}
         log.log(self.step, metrics)
         progress.update(metrics)
+        if evaluated:
+            self._judge(values)
         if config.save_every and self.step % config.save_every == 0 and self.step < total:
-            self.save_checkpoint()
+            self._save()
 
     def _evaluate(self, log: RunLog) -> dict[str, float]:
         values = self.evaluate()
         if values:
             log.log(self.step, {f"eval/{name}": value for name, value in values.items()})
+        self._judge(values)
         return values
 
-    def _last_evaluation(self, log: RunLog) -> dict[str, float]:
-        last = log.last("eval/", self.step)
-        return last if last else self._evaluate(log)
+    # -- the best checkpoint ----------------------------------------------------------------------------------------
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether trainer.patience is used up."""
+        return 0 < self.config.trainer.patience <= self.best.worse
+
+    def _start_best(self, log: RunLog) -> None:
+        """With the evaluation at step 0, or, where a run goes on under another metric, the one at its step."""
+        logged, best = log.last("eval/", self.step), self.best
+        if logged and best.seen < self.step:  # the checkpoint was saved before this evaluation
+            self._judge(logged)
+        elif not logged and (self.step == 0 or (best.metric and best.seen < 0)):
+            self._evaluate(log)
+        elif best.step is not None:  # the run may have been killed between a checkpoint and its mark
+            self.checkpoints.mark_best(best.step, best.metric, best.value)
+
+    def _judge(self, values: dict[str, float | None]) -> None:
+        """Where this evaluation is the best so far, its checkpoint is saved, and kept instead of the best before."""
+        if not self.best.metric:
+            return
+        self.best = self.best.after(self.step, values)
+        if self.best.step == self.step:
+            self._save()
+            self.checkpoints.mark_best(self.step, self.best.metric, self.best.value)
+
+    def _best_summary(self, total: int) -> dict[str, Any]:
+        best = self.best
+        if not best.metric:
+            return {}
+        path = None if best.step is None else str(self.checkpoints.path(best.step))
+        found = {"metric": best.metric, "step": best.step, "value": best.value, "checkpoint": path}
+        return {"best": {**found, "evaluations_since": best.worse}, "stopped_early": self.step < total}
+
+
+def refuse_rank(rank_id: int) -> None:
+    """Raises UserError for the number of a process that is not the only one."""
+    if rank_id:
+        raise UserError(f"rank_id {rank_id}: several processes are not supported yet; start one")
+
+
+def prefixed(prefix: str, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same under "prefix.name"."""
+    return ((f"{prefix}.{name}", array) for name, array in tensors)
 
 
 def mean(values) -> float:
@@ -202,7 +278,7 @@ def mean(values) -> float:
     return float(values.mean()) if values.size else 0.0
 
 
-def check_numbers(config: GRPOConfig | OfflineConfig, checks: Iterable[tuple[str, Any, bool, str]]) -> None:
+def check_numbers(config: OnlineConfig | OfflineConfig, checks: Iterable[tuple[str, Any, bool, str]]) -> None:
     """Those of the job and those that every job has: (name, value, whether it holds, what it must be).
 
     Raises UserError.
@@ -217,10 +293,15 @@ def check_numbers(config: GRPOConfig | OfflineConfig, checks: Iterable[tuple[str
         ("trainer.evaluate_rows", trainer.evaluate_rows, trainer.evaluate_rows >= 0, "0 (all) or more"),
         ("trainer.evaluate_every", trainer.evaluate_every, trainer.evaluate_every >= 0, "0 (at the ends) or more"),
         ("trainer.save_every", trainer.save_every, trainer.save_every >= 0, "0 (at the end) or more"),
+        ("trainer.patience", trainer.patience, trainer.patience >= 0, "0 (off) or more"),
+        ("trainer.patience", trainer.patience, not trainer.patience or bool(trainer.best),
+         "0 (off) without trainer.best; set that to a metric of the evaluations, loss for example"),
+        ("trainer.patience", trainer.patience, not trainer.patience or trainer.evaluate_every > 0,
+         "0 (off) without evaluations on the way; set trainer.evaluate_every"),
         ("optimizer.beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "at least 0 and under 1"),
         ("optimizer.beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "at least 0 and under 1"),
         ("optimizer.epsilon", optimizer.epsilon, optimizer.epsilon > 0, "over 0"),
-    )
+    )  # fmt: skip
     for name, value, holds, expected in (*checks, *common):
         if not holds:
             raise UserError(f"{name}: {value} must be {expected}")

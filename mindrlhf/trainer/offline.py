@@ -58,8 +58,12 @@ class OfflineTrainer(Trainer):
         self.policy.add_stop_ids(trained.stop_ids)
         self.order = PromptOrder(trained.sizes, trained.probabilities, config.seed)
         self.objective = self.make_objective()
+
+    @cached_property
+    def train_step(self) -> TrainStep:
+        """Made at its first use: who only wants the stage's batches and objective does not pay for an optimizer."""
         dropout = self.policy.decoder.set_dropout
-        self.train_step = TrainStep(self.objective, self.policy.trainable, config.optimizer, dropout, config.seed)
+        return TrainStep(self.objective, self.policy.trainable, self.config.optimizer, dropout, self.config.seed)
 
     def check(self) -> None:
         """What no single field of the config shows. Raises UserError."""

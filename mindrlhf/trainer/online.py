@@ -1,68 +1,93 @@
 """Online training: sample answers, reward them, train on them. One loop for every row of the algorithms' table."""
 
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from mindspore import nn
 
-from mindrlhf.advantages import keep_group, kl_shaped_advantages, loss_weights, overlong_penalty
-from mindrlhf.config import GRPOConfig, SamplingConfig, SFTConfig, TrainerConfig, TrainingConfig
+from mindrlhf.advantages import adaptive_kl_coef
+from mindrlhf.config import OnlineConfig, SFTConfig, SourceConfig, TrainerConfig, TrainingConfig
 from mindrlhf.data.packing import Packing
-from mindrlhf.data.prompts import PromptDataset, PromptOrder
+from mindrlhf.data.prompts import PromptDataset
 from mindrlhf.errors import UserError
+from mindrlhf.models.decoder import Decoder
 from mindrlhf.rewards import Rewards
 from mindrlhf.schedules import learning_rate
 from mindrlhf.trainer.algorithms import resolve
-from mindrlhf.trainer.loop import Trainer, check_numbers, mean
+from mindrlhf.trainer.checks import check_online
+from mindrlhf.trainer.collector import Collector
+from mindrlhf.trainer.credit import Credit, Scores, assign, mismatch_metrics
+from mindrlhf.trainer.held_out import answer_kl, evaluate_greedy, evaluate_kl, evaluate_sampled
+from mindrlhf.trainer.loop import Trainer, mean, prefixed, refuse_rank
+from mindrlhf.trainer.offline import TRAIN
+from mindrlhf.trainer.reward_parts import open_rewards
 from mindrlhf.trainer.roles import Policy, open_policy
 from mindrlhf.trainer.supervised import SFTTrainer
-from mindrlhf.types import PolicyBatch, Prompt, Rollout
+from mindrlhf.trainer.updates import Update, chunks, make_update, pack
+from mindrlhf.types import PolicyBatch, Rollout
 from mindrlhf.utils.logging import RunLog
 from mindrlhf.utils.parallel import start
 from mindrlhf.utils.progress import Progress
-from mindrlhf.wrapper.generator import Generator
-from mindrlhf.wrapper.objectives import PolicyObjective
-from mindrlhf.wrapper.sampling import mix
+from mindrlhf.wrapper.policy_objectives import PolicyObjective
 from mindrlhf.wrapper.scorer import Scorer
-from mindrlhf.wrapper.train_step import TrainStep
-
-Update = list[PolicyBatch]  # the micro-batches of one optimizer step
+from mindrlhf.wrapper.train_step import StepResult, TrainStep
+from mindrlhf.wrapper.weight_average import WeightAverage
 
 
 class OnlineTrainer(Trainer):
     """A policy, its rewards and its prompts; `fit` runs the whole job, the methods below it are its parts."""
 
-    def __init__(self, config: GRPOConfig, policy: Policy | None = None, rewards: Rewards | None = None):
+    config: OnlineConfig
+    batch_types: tuple[type, type | None] = (PolicyBatch, None)  # of the policy's train step, and of the critic's
+
+    def __init__(self, config: OnlineConfig, policy: Policy | None = None, rewards: Rewards | None = None):
         self.config = config
-        _check(config)
+        check_online(config)
         start()
-        rollout = config.rollout
-        self.algorithm = resolve(config.algorithm, rollout)
-        self.rewards = rewards or Rewards.from_config(config.rewards, Path())
+        self.algorithm = resolve(config.algorithm, config.rollout)
+        rewards = rewards or open_rewards(config.rewards, Path())
         self.policy = policy or open_policy(config.model, config.seed)
-        decoder, self.tokenizer = self.policy.decoder, self.policy.tokenizer
-        self.prompts = PromptDataset.read(
-            config.data.train, config.data, self.tokenizer, rollout.max_prompt_tokens, Path()
-        )
-        self.held_out = PromptDataset.read(
-            config.data.test, config.data, self.tokenizer, rollout.max_prompt_tokens, Path()
-        )
+        self.prompts, self.held_out = self._read(config.data.train), self._read(config.data.test)
         if not len(self.prompts):
             raise UserError("data.train: no file is named; online training needs prompts")
-        sources = self.prompts.sources
-        self.order = PromptOrder([len(s.keys) for s in sources], [s.probability for s in sources], config.seed)
-        stop = self.policy.stop_ids(rollout.sampling.stop)
-        self.generator = Generator(decoder, rollout.slots, rollout.max_prompt_tokens, rollout.sampling.max_tokens, stop)
+        self.collector = Collector(config, self.algorithm, self.policy, self.prompts, rewards)
+        self.pretraining = _pretraining(config, self.policy)
+        auxiliary = self.pretraining and self.pretraining.objective
         self.train_step = TrainStep(
-            PolicyObjective(decoder, self.algorithm.loss), self.policy.trainable, config.optimizer
+            self.make_objective(), self.trained_parameters(), config.optimizer, auxiliary=auxiliary
         )
+        decay = config.algorithm.ema_decay
+        self.average = WeightAverage(self.policy.trainable, decay) if decay else None
         self.scorer: Scorer | None = None  # of the reference policy, where there is a KL to it
+        self.old_scorer = Scorer(self.policy.decoder, self.algorithm.loss.temperature)
+        self.kl_coef = self.algorithm.kl_coef
         self.rollouts: list[Rollout] = []
         self.experience: dict[str, float] = {}  # metrics of self.rollouts
+
+    def _read(self, sources) -> PromptDataset:
+        config = self.config
+        return PromptDataset.read(sources, config.data, self.policy.tokenizer, config.rollout.max_prompt_tokens, Path())
+
+    # What a trainer with a critic says otherwise.
+
+    def make_objective(self) -> nn.Cell:
+        return PolicyObjective(self.policy.decoder, self.algorithm.loss)
+
+    def trained_parameters(self) -> list:
+        """By the policy's train step."""
+        return self.policy.trainable
+
+    def values(self, packing: Packing, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """The critic's, [S] an answer; zeros without a critic."""
+        return [np.zeros(int(rollout.is_sampled.sum()), np.float32) for rollout in rollouts]
+
+    def train_once(self, train_step: TrainStep, update: Update, rate: float) -> StepResult | None:
+        """One optimizer step of everything that is trained; None where the policy is not."""
+        return train_step(update.policy, rate, self._pretraining_batches())
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -72,142 +97,132 @@ class OnlineTrainer(Trainer):
         generated = time.time()
         dataset = self.make_dataset()
         scored = time.time()
-        metrics = self.experience | self.train(self.train_step, dataset)
+        metrics = self.train(self.train_step, dataset)
         now = time.time()
         tokens = sum(len(rollout.response_ids) for rollout in self.rollouts)
-        metrics |= {
+        metrics = self.experience | metrics | {
             "tokens_per_second": tokens / (now - clock),
             "seconds/experience": generated - clock,
-            "seconds/reference": scored - generated,
+            "seconds/scores": scored - generated,
             "seconds/train": now - scored,
-        }
+        }  # fmt: skip
         every = self.config.logging.completions_every
         dump = every and self.step % every == 0
         return metrics, [self.describe(rollout) for rollout in self.rollouts[:8]] if dump else []
 
-    def make_experience(self, num_generations: int | None = None, rank_id: int = 0) -> list[Rollout]:
-        """Sample prompts_per_step groups with today's policy and reward them, into self.rollouts.
+    def make_experience(
+        self, num_generations: int | None = None, rank_id: int = 0, num_rollouts: int | None = None
+    ) -> list[Rollout]:
+        """Sample and reward the step's groups, into self.rollouts.
 
-        num_generations: the config's where None. rank_id is the process's number; with one process it is 0.
+        num_generations: answers a prompt, num_rollouts: answers a step, rounded up to whole groups; the config's where
+        None. rank_id is the process's number; with one process it is 0.
         """
-        if rank_id:
-            raise UserError(f"rank_id {rank_id}: several processes are not supported yet; start one")
-        rollout, algorithm = self.config.rollout, self.algorithm
+        refuse_rank(rank_id)
+        rollout = self.config.rollout
         count = num_generations or rollout.num_generations
-        rounds = self.config.algorithm.dynamic_sampling_max_rounds if algorithm.dynamic_sampling else 1
-        self.generator.sync()
-        kept: list[list[Rollout]] = []
-        everything: list[Rollout] = []
-        for number in range(rounds):
-            missing = rollout.prompts_per_step - len(kept)
-            prompts = [self.prompts[i] for i in self.order.take(missing)]
-            seed = int(mix(self.config.seed, self.step, number))
-            groups = self._groups(prompts, count, rollout.sampling, seed)
-            everything += [answer for group in groups for answer in group]
-            kept += [group for group in groups if not algorithm.dynamic_sampling or self._is_informative(group)]
-            if len(kept) == rollout.prompts_per_step:
-                break
-        self.rollouts = [replace(answer, group=i) for i, group in enumerate(kept) for answer in group]
-        self.experience = self._describe_all(everything) | {"groups": len(kept), "rounds": number + 1}
-        self.generator.release()  # training needs the memory; the next sync writes all of it anew
+        prompts = -(-num_rollouts // count) if num_rollouts else rollout.prompts_per_step
+        more = self.step + 1 < self.total_steps()
+        self.rollouts, self.experience = self.collector.next(self.step, prompts, count, more)
         return self.rollouts
 
-    def _groups(self, prompts: Sequence[Prompt], count: int, sampling: SamplingConfig, seed: int):
-        """Rewarded answers, a list a prompt."""
-        answers = self.generator.generate(prompts, count, sampling, seed)
-        repeated = [prompt for prompt in prompts for _ in range(count)]
-        totals, parts = self.rewards(repeated, self.texts(answers))
-        buffer, factor = self.algorithm.overlong_buffer, self.config.algorithm.overlong_factor
-        rewarded = []
-        for i, answer in enumerate(answers):
-            own = {name: float(values[i]) for name, values in parts.items()}
-            if buffer:
-                own["overlong"] = overlong_penalty(len(answer.response_ids), sampling.max_tokens, buffer, factor)
-            reward = float(totals[i]) + own.get("overlong", 0.0)
-            rewarded.append(replace(answer, reward=reward, reward_parts=own))
-        return [rewarded[i : i + count] for i in range(0, len(rewarded), count)]
-
-    def _is_informative(self, group: Sequence[Rollout]) -> bool:
-        """By the first reward function, whose values dynamic sampling takes to lie in [0, 1]."""
-        first = self.rewards.parts[0][0]
-        return keep_group(np.array([rollout.reward_parts[first] for rollout in group]))
-
     def make_dataset(self) -> list[Update]:
-        """self.rollouts as the optimizer steps of one pass: packed, scored by the reference, weighted."""
-        return [self._update(chunk) for chunk in self._chunks()]
+        """self.rollouts as the optimizer steps of one pass: packed, scored by every model, with advantages.
 
-    def _chunks(self) -> list[list[Rollout]]:
-        """The step's answers split into updates_per_epoch parts of whole groups. Advantages are the whole step's."""
-        groups = sorted({rollout.group for rollout in self.rollouts})
-        parts = np.array_split(groups, min(self.config.algorithm.updates_per_epoch, max(len(groups), 1)))
-        return [[r for r in self.rollouts if r.group in set(part.tolist())] for part in parts if len(part)]
+        Advantages are the whole step's, weights those of each optimizer step.
+        """
+        config, algorithm = self.config, self.algorithm
+        parts = chunks(self.rollouts, config.algorithm.updates_per_epoch)
+        packings = [pack(part, config) for part in parts]
+        scores = self._score(parts, packings)
+        rollouts = [rollout for part in parts for rollout in part]
+        credit = assign(rollouts, scores, algorithm, config.algorithm, self.kl_coef)
+        self.experience |= self.describe_scores(scores, credit)
+        updates, first = [], 0
+        for part, packing in zip(parts, packings, strict=True):
+            span = slice(first, first + len(part))
+            own = Scores(*(field[span] for field in scores)), Credit(*(field[span] for field in credit))
+            longest = config.rollout.sampling.max_tokens
+            updates.append(make_update(packing, *own, algorithm.aggregation, longest, self.batch_types))
+            first = span.stop
+        return updates
 
-    def _update(self, rollouts: list[Rollout]) -> Update:
-        sequences = [np.concatenate([r.prompt_ids, r.response_ids]) for r in rollouts]
-        targets = [np.arange(len(ids)) >= len(r.prompt_ids) for ids, r in zip(sequences, rollouts, strict=True)]
-        packing = Packing.of(sequences, targets, self.config.trainer.rows, self.row_tokens)
-        # One engine: what was sampled is what the policy was, so the old log-probs are the sampled ones. Without a
-        # reference the KL has weight 0 and its field holds them too.
-        old = [rollout.sampled_logprobs for rollout in rollouts]
-        ref = packing.collect(self.scorer.score(packing.batches)) if self.scorer else old
-        counts = [len(rollout.response_ids) for rollout in rollouts]
-        weights = loss_weights(counts, self.algorithm.aggregation, self.config.rollout.sampling.max_tokens)
-        fields = {
-            "loss_weight": [np.full(n, w, np.float32) for n, w in zip(counts, weights, strict=True)],
-            "advantages": self._token_advantages(rollouts, ref),
-            "old_logprobs": old,
-            "ref_logprobs": ref,
-        }
-        spread = {name: packing.spread(values) for name, values in fields.items()}
-        return [
-            PolicyBatch(*rows, **{name: values[i] for name, values in spread.items()})
-            for i, rows in enumerate(packing.batches)
-        ]
+    def _score(self, parts: Sequence[list[Rollout]], packings: Sequence[Packing]) -> Scores:
+        """Without rescoring, what generation saw is what the policy was: on one engine they are the same. Without a
+        reference the KL has weight 0 and its field holds the old log-probs."""
+        scores = Scores([], [], [], [])
+        for part, packing in zip(parts, packings, strict=True):
+            sampled = [rollout.sampled_logprobs[rollout.is_sampled] for rollout in part]
+            rescore = self.algorithm.rescore
+            old = packing.collect(self.old_scorer.score(packing.batches)) if rescore else sampled
+            ref = packing.collect(self.scorer.score(packing.batches)) if self.scorer else old
+            for field, values in zip(scores, (sampled, old, ref, self.values(packing, part)), strict=True):
+                field += values
+        return scores
 
-    def _token_advantages(self, rollouts: Sequence[Rollout], ref: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """One array [R] float32 an answer. Groups are whole in every chunk, so a chunk's baselines are the step's."""
-        config, clip = self.config.algorithm, self.config.algorithm.reward_clip
-        rewards = np.clip([rollout.reward for rollout in rollouts], -clip, clip)
-        advantages = self.algorithm.advantage(rewards, np.array([r.group for r in rollouts]), config.advantage_epsilon)
-        if not self.algorithm.kl_in_reward:
-            counts = [len(rollout.response_ids) for rollout in rollouts]
-            return [np.full(n, a, np.float32) for n, a in zip(counts, advantages, strict=True)]
-        coefficient, estimator = self.algorithm.kl_coef, config.kl_estimator
-        return [
-            kl_shaped_advantages(a, rollout.sampled_logprobs, r, coefficient, estimator).astype(np.float32)
-            for a, rollout, r in zip(advantages, rollouts, ref, strict=True)
-        ]
+    def describe_scores(self, scores: Scores, credit: Credit) -> dict[str, float]:
+        """Metrics of a step's scores and advantages."""
+        metrics = mismatch_metrics(scores) if self.algorithm.rescore else {}
+        if self.scorer:
+            metrics |= {"kl_per_answer": answer_kl(scores.old, scores.ref), "kl_coef": self.kl_coef}
+        return metrics
 
-    def train(self, train_step: TrainStep, dataset: list[Update]) -> dict[str, float]:
-        """epochs_per_rollout passes over the updates: one step done.
+    def train(self, train_step: TrainStep, dataset: list[Update], epoch: int | None = None) -> dict[str, float]:
+        """epochs_per_rollout passes over the updates: one step done. epoch is the published program's own count.
 
-        On the first update policy and old policy are the same, so mismatch_max, taken there, is the difference
-        between generation and training.
+        On the first update policy and old policy are the same, so where the old log-probs are those of generation,
+        the shift measured there is the difference between generation and training.
         """
         config = self.config.algorithm
+        rate = self.rate(config.learning_rate)
         results = []
-        rate = learning_rate(
-            self.step, self.total_steps(), config.learning_rate, config.schedule, config.warmup_steps,
-            config.min_learning_rate_ratio,
-        )  # fmt: skip
         for _ in range(config.epochs_per_rollout):
-            results += [train_step(update, rate) for update in dataset]
+            for update in dataset:
+                results.append(self.train_once(train_step, update, rate))
+                if self.average:
+                    self.average.update()
         train_step.release()
         self.step += 1
+        if config.kl_target and self.scorer and self.rollouts:
+            kl = self.experience["kl_per_answer"]
+            self.kl_coef = adaptive_kl_coef(self.kl_coef, kl, config.kl_target, config.kl_horizon, len(self.rollouts))
+        return self.describe_training([result for result in results if result], rate)
+
+    def rate(self, peak: float) -> float:
+        """This step's learning rate."""
+        config = self.config.algorithm
+        return learning_rate(
+            self.step, self.total_steps(), peak, config.schedule, config.warmup_steps, config.min_learning_rate_ratio
+        )
+
+    def describe_training(self, results: list[StepResult], rate: float) -> dict[str, float]:
+        """Metrics of a step's updates of the policy."""
+        metrics = {"learning_rate": rate, "skipped_updates": self.train_step.skipped}
         skipped = [result.skipped for result in results if result.skipped]
-        metrics = {"learning_rate": rate, "skipped_updates": train_step.skipped}
         if skipped:
             metrics["skipped_tensor"] = skipped[0]
-        if not results:  # dynamic sampling found no group to learn from
+        if not results:  # dynamic sampling found no group to learn from, or the critic warms up
             return metrics
         tokens = max(sum(result.metrics["tokens"] for result in results), 1.0)
         for name in ("kl", "entropy", "clip_fraction", "policy_kl"):
             if name != "kl" or self.scorer:
                 metrics[name] = sum(result.metrics[name] for result in results) / tokens
-        metrics["mismatch_max"] = results[0].metrics["mismatch_max"]
+        if not self.algorithm.rescore:
+            first = results[0].metrics
+            metrics |= {"mismatch_mean": first["shift"] / max(first["tokens"], 1.0), "mismatch_max": first["shift_max"]}
+        if self.pretraining:
+            metrics["pretraining_loss"] = mean([result.metrics["auxiliary/loss"] for result in results])
         metrics["loss"] = mean([result.loss for result in results])
         metrics["gradient_norm"] = mean([result.gradient_norm for result in results])
         return metrics
+
+    def _pretraining_batches(self) -> list[NamedTuple]:
+        """PPO-ptx: rows of the supervised data, their loss times pretraining.coef."""
+        if not self.pretraining:
+            return []
+        config = self.config.pretraining
+        rows = self.pretraining.batches(TRAIN, self.pretraining.order.take(config.batch_size))
+        return [batch._replace(loss_weight=batch.loss_weight * np.float32(config.coef)) for batch in rows]
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -218,8 +233,18 @@ class OnlineTrainer(Trainer):
     def prepare(self, log: RunLog) -> None:
         if self.config.warmup.steps:
             self._warm_up(log)
-        if self.algorithm.kl_coef:
+        self.warmed_up()
+        if self.needs_reference and self.scorer is None:
             self.scorer = self._reference_scorer(fresh=True)
+
+    def warmed_up(self) -> None:
+        """The policy is as online training begins with it; what copies it does so now."""
+        if self.average:
+            self.average.restart()
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.algorithm.kl_coef > 0 or self.config.evaluation.kl
 
     def _reference_scorer(self, fresh: bool) -> Scorer:
         rollout = self.config.rollout
@@ -235,16 +260,7 @@ class OnlineTrainer(Trainer):
         if not warmup.train:
             raise UserError("warmup.train: no file is named; set it, or warmup.steps=0")
         training = TrainingConfig(warmup.batch_size, warmup.learning_rate, "cosine", warmup.warmup_steps)
-        trainer = SFTTrainer(
-            SFTConfig(
-                seed=config.seed,
-                data=replace(config.data, train=warmup.train, test=[]),
-                training=training,
-                optimizer=config.optimizer,
-                trainer=TrainerConfig(steps=warmup.steps, rows=config.trainer.rows),
-            ),
-            self.policy,
-        )
+        trainer = _supervised(config, self.policy, warmup.train, training, TrainerConfig(steps=warmup.steps))
         with Progress(warmup.steps, 0, "warm-up", config.logging.progress) as progress:
             for number in range(1, warmup.steps + 1):
                 metrics, _ = trainer.run_step()
@@ -253,16 +269,23 @@ class OnlineTrainer(Trainer):
                 progress.update(named)
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy answers to the held-out problems: the mean of every reward part."""
+        """On the held-out problems, as the config's evaluation section says; empty where there are none."""
         rows = self.config.trainer.evaluate_rows or len(self.held_out)
         prompts = [self.held_out[i] for i in range(min(rows, len(self.held_out)))]
         if not prompts:
             return {}
-        self.generator.sync()
-        greedy = SamplingConfig(temperature=0.0, max_tokens=self.config.rollout.sampling.max_tokens)
-        groups = self._groups(prompts, 1, greedy, 0)
-        self.evaluated = [group[0] for group in groups]
-        return {name: mean([r.reward_parts[name] for r in self.evaluated]) for name in self.evaluated[0].reward_parts}
+        collector, evaluation = self.collector, self.config.evaluation
+        collector.sync()
+        values, self.evaluated = evaluate_greedy(collector, prompts)
+        if evaluation.num_generations > 1:
+            values |= evaluate_sampled(collector, prompts)
+        if evaluation.kl:
+            values |= evaluate_kl(collector, prompts, self.scorer, self.kl_coef)
+        if self.average:
+            collector.sync(self.average.over(self.policy.decoder.weights))
+            averaged, _ = evaluate_greedy(collector, prompts)
+            values |= {f"average/{name}": value for name, value in averaged.items()}
+        return values
 
     def close(self, log: RunLog) -> dict[str, Any]:
         """Three held-out problems with their answers."""
@@ -272,70 +295,62 @@ class OnlineTrainer(Trainer):
             self.evaluate()
         return {"samples": [self.describe(rollout) for rollout in self.evaluated[:3]]}
 
-    def state(self) -> dict[str, Any]:
-        return {"order": self.order.state(), "seed": self.config.seed}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.order.load_state(state["order"])
-        if self.algorithm.kl_coef:
-            self.scorer = self._reference_scorer(fresh=False)
-
-    @property
-    def row_tokens(self) -> int:
-        """Width of a packed row."""
-        rollout = self.config.rollout
-        return self.config.trainer.row_tokens or rollout.max_prompt_tokens + rollout.sampling.max_tokens
-
-    # -- what people read -------------------------------------------------------------------------------------------
-
-    def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
-        """The answers as text, without special tokens."""
-        return self.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
-
     def describe(self, rollout: Rollout) -> dict[str, Any]:
+        """An answer for people to read."""
         return {
-            "prompt": self.tokenizer.decode(rollout.prompt_ids),
-            "completion": self.tokenizer.decode(rollout.response_ids),
+            "prompt": self.policy.tokenizer.decode(rollout.prompt_ids),
+            "completion": self.policy.tokenizer.decode(rollout.response_ids),
             "reward": round(rollout.reward, 4),
             "parts": {name: round(value, 4) for name, value in rollout.reward_parts.items()},
             "finished": rollout.finished,
         }
 
-    def _describe_all(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        parts: Counter[str] = Counter()
-        for rollout in rollouts:
-            parts.update(rollout.reward_parts)
-        count = max(len(rollouts), 1)
-        return {
-            "reward/total": mean([rollout.reward for rollout in rollouts]),
-            **{f"reward/{name}": value / count for name, value in parts.items()},
-            "response_tokens": mean([len(rollout.response_ids) for rollout in rollouts]),
-            "finished": mean([rollout.finished for rollout in rollouts]),
-            "answers": len(rollouts),
-        }
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        state = {**self.collector.state(), "seed": self.config.seed, "kl_coef": self.kl_coef}
+        return state | ({"pretraining": self.pretraining.state()} if self.pretraining else {})
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.collector.load_state(state)
+        self.kl_coef = state["kl_coef"]
+        if self.pretraining:
+            self.pretraining.load_state(state["pretraining"])
+        if self.needs_reference:
+            self.scorer = self._reference_scorer(fresh=False)
+
+    def write(self, directory: Path) -> None:
+        super().write(directory)
+        if self.average:
+            decoder = self.policy.decoder
+            averaged = Decoder(decoder.config, self.average.over(decoder.weights))
+            replace(self.policy, decoder=averaged).write(directory / "average")
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        yield from super().tensors()
+        if self.average:
+            yield from prefixed("average", self.average.state())
+
+    def load_tensors(self, read: Callable[[str], np.ndarray], state: dict[str, Any]) -> None:
+        super().load_tensors(read, state)
+        if self.average:
+            self.average.load_state(lambda name: read(f"average.{name}"))
 
 
-def _check(config: GRPOConfig) -> None:
-    """What no single field shows. Raises UserError."""
-    rollout, algorithm, trainer = config.rollout, config.algorithm, config.trainer
-    checks = (
-        ("rollout.prompts_per_step", rollout.prompts_per_step, rollout.prompts_per_step > 0, "1 or more"),
-        ("rollout.slots", rollout.slots, rollout.slots > 0, "1 or more"),
-        ("rollout.max_prompt_tokens", rollout.max_prompt_tokens, rollout.max_prompt_tokens > 0, "1 or more"),
-        ("rollout.sampling.temperature", rollout.sampling.temperature, rollout.sampling.temperature > 0,
-         "over 0: greedy answers have no distribution to train on"),
-        ("rollout.sampling.repetition_penalty", rollout.sampling.repetition_penalty,
-         rollout.sampling.repetition_penalty == 1, "1: training would not know of the penalty"),
-        ("model.lora.dropout", config.model.lora.dropout, config.model.lora.dropout == 0,
-         "0: the ratio would not be 1 on policy"),
-        ("algorithm.learning_rate", algorithm.learning_rate, algorithm.learning_rate > 0, "over 0"),
-        ("algorithm.epochs_per_rollout", algorithm.epochs_per_rollout, algorithm.epochs_per_rollout > 0, "1 or more"),
-        ("algorithm.updates_per_epoch", algorithm.updates_per_epoch, algorithm.updates_per_epoch > 0, "1 or more"),
-        ("algorithm.warmup_steps", algorithm.warmup_steps, algorithm.warmup_steps >= 0, "0 (none) or more"),
-    )  # fmt: skip
-    check_numbers(config, checks)
-    window = rollout.max_prompt_tokens + rollout.sampling.max_tokens
-    if trainer.row_tokens and trainer.row_tokens < window:
-        raise UserError(
-            f"trainer.row_tokens: {trainer.row_tokens} is under rollout.max_prompt_tokens + max_tokens, {window}"
-        )
+def _pretraining(config: OnlineConfig, policy: Policy) -> SFTTrainer | None:
+    """The supervised stage whose batches and objective are mixed in."""
+    if not config.pretraining.coef:
+        return None
+    if not config.pretraining.train:
+        raise UserError("pretraining.train: no file is named; set it, or pretraining.coef=0")
+    training = TrainingConfig(config.pretraining.batch_size)
+    return _supervised(config, policy, config.pretraining.train, training, TrainerConfig())
+
+
+def _supervised(
+    config: OnlineConfig, policy: Policy, train: list[SourceConfig], training: TrainingConfig, trainer: TrainerConfig
+) -> SFTTrainer:
+    data = replace(config.data, train=train, test=[])
+    trainer = replace(trainer, rows=config.trainer.rows)
+    sft = SFTConfig(seed=config.seed, data=data, training=training, optimizer=config.optimizer, trainer=trainer)
+    return SFTTrainer(sft, policy)

@@ -14,8 +14,8 @@ from mindrlhf.config import DPOConfig, KTOConfig, RewardConfig, SourceConfig
 from mindrlhf.data.examples import Examples
 from mindrlhf.data.preferences import read_preferences
 from mindrlhf.errors import UserError
-from mindrlhf.losses import PREFERENCE_LOSSES
 from mindrlhf.models.peft import is_adapter
+from mindrlhf.preference_losses import PREFERENCE_LOSSES
 from mindrlhf.trainer.offline import TEST, TRAIN, OfflineTrainer
 from mindrlhf.trainer.reference import ADAPTER_OFF, CACHED, Reference
 from mindrlhf.trainer.reward_model import RewardModel, ending
@@ -77,13 +77,13 @@ class RewardTrainer(PreferenceTrainer):
     def make_objective(self) -> nn.Cell:
         return RewardObjective(self.policy.decoder, self.config.loss)
 
-    def save_checkpoint(self, state: dict[str, Any] | None = None) -> Path:
+    def _save(self, state: dict[str, Any] | None = None) -> Path:
         """With the mean and standard deviation of the held-out answers' scores, for normalize_reward."""
         decoder = self.policy.decoder
         self.scores = self.held_out_scores()
         mean, deviation = (float(value) for value in statistics(self.scores))
         decoder.config = replace(decoder.config, score_mean=mean, score_std=deviation)
-        return super().save_checkpoint(state)
+        return super()._save(state)
 
     def held_out_scores(self) -> np.ndarray:
         """[pairs, 2] float32, chosen and rejected; of the training pairs where none are held out."""

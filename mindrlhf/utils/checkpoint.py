@@ -21,6 +21,7 @@ from mindrlhf.models.hf import Source, flush_path, read_tensors, write_tensors
 STATE_FILE = "trainer_state.json"
 OPTIMIZER = "optimizer"  # a directory inside the checkpoint, tensors in the same format
 PARTIAL = ".partial-"
+BEST_FILE = "best.json"  # beside the checkpoints: which of them is kept as the best
 
 
 def write_model(
@@ -84,12 +85,20 @@ class Checkpoints:
         self._remove_old()
         return final
 
+    def mark_best(self, step: int, metric: str, value: float) -> None:
+        """That checkpoint stays, whatever `keep` says; the one that was marked before is like the others again."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / BEST_FILE, {"step": step, "metric": metric, "value": value})
+        self._remove_old()
+
     def _remove_old(self) -> None:
-        """The first stays: the policy as training started is the reference that a resumed run needs."""
-        steps = self.steps()
+        """The best and the first stay: the policy as training started is the reference that a resumed run needs."""
+        best = self.directory / BEST_FILE
+        spared = {0, read_json(best).get("step")} if best.is_file() else {0}
         if self.keep:
-            for step in [step for step in steps if step > 0][: -self.keep]:
-                shutil.rmtree(self.path(step))
+            for step in [step for step in self.steps() if step > 0][: -self.keep]:
+                if step not in spared:
+                    shutil.rmtree(self.path(step))
         for partial in self.directory.glob(f"{PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
 

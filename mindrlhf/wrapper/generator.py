@@ -12,18 +12,19 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 
 from mindrlhf.config import SamplingConfig
 from mindrlhf.errors import UserError
 from mindrlhf.models import kernels
-from mindrlhf.models.decoder import Decoder
+from mindrlhf.models.decoder import Decoder, Weights
 from mindrlhf.types import Prompt, Rollout
 from mindrlhf.utils.memory import give_back
+from mindrlhf.wrapper.graph import Graph
 from mindrlhf.wrapper.sampling import check_sampling, mix, next_token, uniforms
 
 
-class _Prefill(nn.Cell):
+class _Prefill(Graph):
     def __init__(self, decoder: Decoder):
         super().__init__(auto_prefix=False)
         self.decoder = decoder
@@ -32,7 +33,7 @@ class _Prefill(nn.Cell):
         return self.decoder.prefill(tokens, positions, segments)
 
 
-class _Insert(nn.Cell):
+class _Insert(Graph):
     """Keys and values of prefilled prompts into the caches of slots."""
 
     def __init__(self, caches):
@@ -50,7 +51,7 @@ class _Insert(nn.Cell):
         return done
 
 
-class _Decode(nn.Cell):
+class _Decode(Graph):
     """One token for every slot."""
 
     def __init__(self, decoder: Decoder, caches, slots: int, length: int, features: tuple[str, ...]):
@@ -75,6 +76,20 @@ class _Decode(nn.Cell):
             factor = ops.select(logits > 0, 1.0 / penalty * ops.ones_like(logits), penalty * ops.ones_like(logits))
             logits = logits + seen * (logits * factor - logits)
         return next_token(logits, uniform, temperature, top_k, top_p, min_p, self.features)
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """How an answer goes on whose tokens so far are the end of a prompt's ids."""
+
+    key: int  # `answer_key` of where it began
+    offset: int  # its tokens so far
+    limit: int  # tokens that it may still get
+
+
+def answer_key(seed: int, prompt_key: int, sample: int) -> int:
+    """uint64: what keys an answer's draws, the t-th with mix(key, t)."""
+    return int(mix(seed, prompt_key, sample))
 
 
 @dataclass
@@ -131,9 +146,9 @@ class Generator:
         self.decode_steps = 0  # decode graphs run so far, for benchmarks and tests of slot use
         self.prefilled = 0  # prompts prefilled so far
 
-    def sync(self) -> None:
-        """Copy the policy's weights in, laid out for decoding."""
-        self.decoder.load(self.policy.weights)
+    def sync(self, weights: Weights | None = None) -> None:
+        """Copy weights in, laid out for decoding; by default the policy's."""
+        self.decoder.load(weights or self.policy.weights)
         self._released = False
 
     def release(self) -> None:
@@ -155,11 +170,14 @@ class Generator:
         sampling: SamplingConfig,
         seed: int,
         on_token: Callable[[int, int], None] | None = None,
+        continuations: Sequence[Continuation] | None = None,
     ) -> list[Rollout]:
         """num_generations answers to each prompt, in the order of the prompts; group is the prompt's index here.
 
         on_token: called with (number of the answer in the returned list, token id) as soon as a token is known. What
         it raises ends the call; the generator stays fit for the next one, and so it does after Ctrl-C.
+        continuations: one for each prompt, with num_generations 1; then the answers are the new tokens only, and the
+        same as if the answer had never been interrupted. `seed` has no part in them.
 
         Raises UserError for a prompt over max_prompt_tokens and for sampling parameters out of range.
         """
@@ -167,13 +185,19 @@ class Generator:
         assert not self._released, "sync() before generate(): release() gave the weights back"
         if sampling.max_tokens > self.max_tokens:
             raise UserError(f"sampling.max_tokens {sampling.max_tokens} is over the generator's {self.max_tokens}")
-        for prompt in prompts:
-            if not 0 < len(prompt.ids) <= self.max_prompt_tokens:
+        assert continuations is None or (num_generations == 1 and len(continuations) == len(prompts))
+        for number, prompt in enumerate(prompts):
+            tokens = len(prompt.ids)
+            if continuations:
+                going_on = continuations[number]
+                tokens -= going_on.offset
+                assert 0 < going_on.limit <= sampling.max_tokens - going_on.offset, (going_on, sampling.max_tokens)
+            if not 0 < tokens <= self.max_prompt_tokens:
                 raise UserError(
-                    f"prompt {prompt.key} has {len(prompt.ids)} tokens; the window takes 1 to {self.max_prompt_tokens} "
+                    f"prompt {prompt.key} has {tokens} tokens; the window takes 1 to {self.max_prompt_tokens} "
                     "(rollout.max_prompt_tokens)"
                 )
-        return _Call(self, prompts, num_generations, sampling, seed, on_token).run()
+        return _Call(self, prompts, num_generations, sampling, seed, on_token, continuations).run()
 
     def _decode_cell(self, sampling: SamplingConfig) -> _Decode:
         features = () if sampling.repetition_penalty == 1 else ("penalty",)
@@ -191,10 +215,17 @@ class _Call:
     """The state of one `generate`: which slot answers what, and what it has said so far."""
 
     def __init__(
-        self, generator: Generator, prompts, num_generations: int, sampling: SamplingConfig, seed: int, on_token
+        self,
+        generator: Generator,
+        prompts,
+        num_generations: int,
+        sampling: SamplingConfig,
+        seed: int,
+        on_token,
+        continuations,
     ):
         self.generator, self.prompts, self.sampling, self.seed = generator, prompts, sampling, seed
-        self.num_generations, self.on_token = num_generations, on_token
+        self.num_generations, self.on_token, self.continuations = num_generations, on_token, continuations
         slots, vocabulary = generator.slots, generator.policy.config.vocab_size
         self.cell = generator._decode_cell(sampling)
         self.waiting_prompts = deque(range(len(prompts)))
@@ -205,6 +236,8 @@ class _Call:
         self.position = np.zeros(slots, np.int32)
         self.length = np.zeros(slots, np.int32)
         self.key = np.zeros(slots, np.uint64)
+        self.offset = np.zeros(slots, np.int32)  # tokens of the answer from before this call
+        self.limit = np.zeros(slots, np.int32)
         self.response = np.zeros((slots, sampling.max_tokens), np.int32)
         self.logprob = np.zeros((slots, sampling.max_tokens), np.float32)
         self.seen = np.zeros((slots, vocabulary) if "penalty" in self.cell.features else (1, 1), np.float32)
@@ -267,13 +300,17 @@ class _Call:
             prompt = self.prompts[task.prompt]
             self.task[slot] = task
             self.token[slot], self.position[slot], self.length[slot] = prompt.ids[-1], len(prompt.ids) - 1, 0
-            self.key[slot] = mix(self.seed, prompt.key, task.sample)
+            if self.continuations:
+                going_on = self.continuations[task.prompt]
+            else:
+                going_on = Continuation(answer_key(self.seed, prompt.key, task.sample), 0, self.sampling.max_tokens)
+            self.key[slot], self.offset[slot], self.limit[slot] = going_on.key, going_on.offset, going_on.limit
             if "penalty" in self.cell.features:
                 self.seen[slot] = 0
                 self.seen[slot, prompt.ids] = 1
 
     def _step(self) -> None:
-        draw = uniforms(mix(self.key, self.length))
+        draw = uniforms(mix(self.key, self.offset + self.length))
         inputs = (self.token, self.position, draw)
         token, logprob = self.cell(*(Tensor(a) for a in inputs), *self.scalars, Tensor(self.seen))
         token, logprob = token.asnumpy(), logprob.asnumpy()
@@ -291,7 +328,7 @@ class _Call:
             for task, known in zip((self.task[row] for row in rows), token[rows].tolist(), strict=True):
                 self.on_token(task.prompt * self.num_generations + task.sample, known)
         stopped = np.isin(token, self.generator.stop_ids)
-        for slot in np.flatnonzero(active & (stopped | (self.length >= self.sampling.max_tokens))):
+        for slot in np.flatnonzero(active & (stopped | (self.length >= self.limit))):
             self._finish(slot, bool(stopped[slot]))
 
     def _finish(self, slot: int, finished: bool) -> None:

@@ -9,8 +9,8 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from mindrlhf.config import KTOLossConfig, PreferenceLossConfig, RewardLossConfig
-from mindrlhf.losses import PREFERENCE_LOSSES, kto_loss, reward_model_loss
 from mindrlhf.models.decoder import Decoder
+from mindrlhf.preference_losses import PREFERENCE_LOSSES, kto_loss, reward_model_loss
 from mindrlhf.wrapper.scorer import target_logprobs
 
 TIE = 1e-6  # a policy that is its reference has differences of rounding only
@@ -69,7 +69,7 @@ class RewardObjective(nn.Cell):
 
 
 class PreferenceObjective(nn.Cell):
-    """A row of losses.PREFERENCE_LOSSES; takes the fields of PairBatch."""
+    """A row of preference_losses.PREFERENCE_LOSSES; takes the fields of PairBatch."""
 
     def __init__(self, decoder: Decoder, loss: PreferenceLossConfig):
         super().__init__(auto_prefix=False)

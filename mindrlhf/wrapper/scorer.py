@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 
 from mindrlhf.losses import logprobs_and_entropy
 from mindrlhf.models import cpu_kernels
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.types import PackedRows
+from mindrlhf.wrapper.graph import Graph
 
 _own = cpu_kernels.PRIMITIVES
 _has_own = _own is not None
@@ -17,15 +18,20 @@ _has_own = _own is not None
 
 def target_logprobs(decoder, tokens, positions, segments, index, labels, temperature, entropy_gradient: bool):
     """Log-prob of labels [N] and entropy [N], float32, at the N target positions only: the head runs nowhere else."""
-    hidden = decoder(tokens, positions, segments)
-    logits = decoder.logits(ops.gather(hidden, index, 0))
+    hidden = ops.gather(decoder(tokens, positions, segments), index, 0)
+    return hidden_logprobs(decoder, hidden, labels, temperature, entropy_gradient)
+
+
+def hidden_logprobs(decoder, hidden, labels, temperature, entropy_gradient: bool):
+    """The same from the hidden states [N, H] of the target positions."""
+    logits = decoder.logits(hidden)
     if _has_own:
         logprobs, entropy, _ = _own.target_logprobs(logits, labels, Tensor(temperature, ms.float32))
         return logprobs, entropy if entropy_gradient else ops.stop_gradient(entropy)
     return logprobs_and_entropy(logits, labels, temperature, entropy_gradient=entropy_gradient)
 
 
-class Scorer(nn.Cell):
+class Scorer(Graph):
     """Log-probs [N] and entropy [N] of a micro-batch of packed rows."""
 
     def __init__(self, decoder: Decoder, temperature: float):
@@ -38,12 +44,12 @@ class Scorer(nn.Cell):
 
     def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
         """Log-probs [N] float32 of each micro-batch; 0 on padding."""
-        names = ("tokens", "positions", "segments", "index", "labels")
-        return _over(batches, names, lambda *inputs: self(*inputs)[0])
+        names = (*POSITION_FIELDS, "labels")
+        return over(batches, names, lambda *inputs: self(*inputs)[0])
 
 
-class ScoreHead(nn.Cell):
-    """A reward model's scores [N] at the target positions of a micro-batch of packed rows."""
+class ScoreHead(Graph):
+    """A reward model's scores, or a critic's values, [N] at the target positions of a micro-batch of packed rows."""
 
     def __init__(self, decoder: Decoder):
         super().__init__(auto_prefix=False)
@@ -54,9 +60,12 @@ class ScoreHead(nn.Cell):
 
     def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
         """Scores [N] float32 of each micro-batch; 0 on padding."""
-        return _over(batches, ("tokens", "positions", "segments", "index"), self)
+        return over(batches, POSITION_FIELDS, self)
 
 
-def _over(batches: Sequence[PackedRows], names: Sequence[str], run: Callable[..., Tensor]) -> list[np.ndarray]:
+POSITION_FIELDS = ("tokens", "positions", "segments", "index")
+
+
+def over(batches: Sequence[PackedRows], names: Sequence[str], run: Callable[..., Tensor]) -> list[np.ndarray]:
     """What `run` returns for those fields of each micro-batch, masked."""
     return [run(*(Tensor(getattr(batch, name)) for name in names)).asnumpy() * batch.mask for batch in batches]

@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindrlhf.config import OptimizerConfig
 from mindrlhf.models import cpu_kernels
 from mindrlhf.utils.memory import give_back
+from mindrlhf.wrapper.graph import Graph
 from mindrlhf.wrapper.sampling import mix
 
 _own = cpu_kernels.PRIMITIVES  # on a CPU; without them both cells below need a copy of the largest parameter
@@ -23,7 +24,7 @@ class StepResult(NamedTuple):
     skipped: str  # empty, or the first tensor whose loss or gradient is not finite
 
 
-class _Accumulate(nn.Cell):
+class _Accumulate(Graph):
     """Gradients of one micro-batch, added to the buffers."""
 
     def __init__(self, objective: nn.Cell, parameters, buffers):
@@ -38,7 +39,7 @@ class _Accumulate(nn.Cell):
         return loss, tuple(metrics.keys()), tuple(metrics.values())
 
 
-class _Evaluate(nn.Cell):
+class _Evaluate(Graph):
     """An objective alone. As the output of a graph, a dict falls back to the Python interpreter, which fails."""
 
     def __init__(self, objective: nn.Cell):
@@ -50,7 +51,7 @@ class _Evaluate(nn.Cell):
         return loss, tuple(metrics.keys()), tuple(metrics.values())
 
 
-class _SquaredNorms(nn.Cell):
+class _SquaredNorms(Graph):
     def __init__(self, buffers):
         super().__init__(auto_prefix=False)
         self.buffers = buffers
@@ -65,7 +66,7 @@ class _SquaredNorms(nn.Cell):
         return ops.concat(norms)
 
 
-class _Update(nn.Cell):
+class _Update(Graph):
     """AdamW on every parameter, the gradient buffers zeroed behind it."""
 
     def __init__(self, parameters, buffers, first_moments, second_moments, decayed: Sequence[bool], beta1, beta2):
@@ -106,9 +107,10 @@ class TrainStep:
         optimizer: OptimizerConfig,
         set_dropout: Callable[[int], None] | None = None,
         seed: int = 0,
+        auxiliary: nn.Cell | None = None,
     ):
         """set_dropout: called before each micro-batch, with a hash of seed, step and its number, and with 0, which is
-        off, behind the last."""
+        off, behind the last. auxiliary: another objective of the same parameters, added to the first one's loss."""
         self.optimizer = optimizer
         self.set_dropout, self.seed = set_dropout, seed
         self.parameters = ms.ParameterTuple(parameters)
@@ -117,6 +119,7 @@ class TrainStep:
         self._first = self.parameters.clone(prefix="first_moment", init="zeros")
         self._second = self.parameters.clone(prefix="second_moment", init="zeros")
         self._accumulate = _Accumulate(objective, self.parameters, self._buffers)
+        self._auxiliary = _Accumulate(auxiliary, self.parameters, self._buffers) if auxiliary else None
         self._evaluate = _Evaluate(objective)
         self._squared_norms = _SquaredNorms(self._buffers)
         decayed = [len(parameter.shape) > 1 for parameter in parameters]
@@ -125,9 +128,16 @@ class TrainStep:
         self.updates = 0  # optimizer steps taken
         self.skipped = 0  # and those skipped because a number was not finite
 
-    def __call__(self, batches: Sequence[NamedTuple], learning_rate: float) -> StepResult:
-        """One optimizer step over the micro-batches."""
+    def __call__(
+        self, batches: Sequence[NamedTuple], learning_rate: float, auxiliary: Sequence[NamedTuple] = ()
+    ) -> StepResult:
+        """One optimizer step over the micro-batches, and over those of the auxiliary objective, whose loss and metrics
+        are named auxiliary/..."""
         loss, metrics = self._run(self._accumulate, batches)
+        if auxiliary:
+            more, sums = self._run(self._auxiliary, auxiliary)
+            loss += more
+            metrics |= {f"auxiliary/{name}": value for name, value in (("loss", more), *sums.items())}
         norms = np.sqrt(self._squared_norms().asnumpy().astype(np.float64))
         norm = float(np.sqrt(np.sum(norms**2)))
         if not (np.isfinite(norm) and np.isfinite(loss)):

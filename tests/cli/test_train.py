@@ -30,3 +30,8 @@ def test_what_only_some_runs_have():
     assert "scores: mean 0.250, deviation 1.500; see scores.png\n" in text
     assert "3 updates were skipped" in text
     assert "held out" not in report(SUMMARY | {"after": {}}, "runs/rm")
+
+
+def test_values_that_are_not_finite():
+    text = report(SUMMARY | {"before": {"loss": None}, "after": {"loss": float("inf")}}, "runs/rm")
+    assert text.splitlines()[2].split() == ["loss", "nan", "nan"]

@@ -1,13 +1,13 @@
 import functools
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mindrlhf.rewards
-from mindrlhf.config import RewardFunctionConfig
 from mindrlhf.errors import UserError
 from mindrlhf.rewards import Rewards, accuracy_reward, format_reward
 from mindrlhf.types import Prompt
@@ -48,18 +48,6 @@ def test_weighted_sum_and_parts():
     assert all(part.dtype == np.float32 for part in parts.values())
     assert Rewards.from_functions(accuracy_reward)(PROMPTS, COMPLETIONS)[0].tolist() == [1, 1, 0]
     assert rewards([], [])[0].shape == (0,)
-
-
-def test_from_config(tmp_path):
-    (tmp_path / "mine.py").write_text("def short(completions, **columns):\n    return [-len(c) for c in completions]\n")
-    configs = [
-        RewardFunctionConfig(),
-        RewardFunctionConfig("mine.py:short", 0.5),
-        RewardFunctionConfig("accuracy", 2.0),
-    ]
-    total, parts = Rewards.from_config(configs, tmp_path)(PROMPTS[:2], COMPLETIONS[:2])
-    assert list(parts) == ["accuracy", "short", "accuracy_2"]
-    assert total.tolist() == [3 - 4.5, 3 - 3.0]
 
 
 def test_names():
@@ -135,6 +123,47 @@ def test_a_function_that_raises():
     # the line in the user's file, not the one in json
     line = parse.__code__.co_firstlineno + 1
     assert str(caught.value).startswith(f"reward 'parse': {__file__}:{line}: JSONDecodeError: Expecting value")
+
+
+def test_what_an_error_calls_a_part_by():
+    class Judge:
+        place = "http://judge:1"
+
+        def __call__(self, completions, **columns):
+            return [1.0]
+
+    with pytest.raises(UserError, match=r"^reward 'Judge' \(http://judge:1\) returned 1 numbers for 3 completions$"):
+        Rewards.from_functions(Judge())(PROMPTS, COMPLETIONS)
+
+
+def test_concurrent_parts_run_beside_the_others():
+    """Each of the two waits until the other one runs, too."""
+    both = threading.Barrier(2, timeout=20)
+
+    class Remote:
+        concurrent = True
+
+        def __call__(self, completions, **columns):
+            both.wait()
+            return [1.0] * len(completions)
+
+    def local(completions, **columns):
+        both.wait()
+        return [2.0] * len(completions)
+
+    total, parts = Rewards.from_functions([Remote(), local])(PROMPTS, COMPLETIONS)
+    assert total.tolist() == [3.0] * 3 and list(parts) == ["Remote", "local"]
+
+
+def test_a_concurrent_part_that_raises():
+    class Remote:
+        concurrent = True
+
+        def __call__(self, completions, **columns):
+            raise KeyError("key")
+
+    with pytest.raises(UserError, match="^reward 'Remote': .*test_combine.py:[0-9]+: KeyError: 'key'"):
+        Rewards.from_functions([Remote(), accuracy_reward])(PROMPTS, COMPLETIONS)
 
 
 def test_a_builtin_without_labels():

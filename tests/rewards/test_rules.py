@@ -6,7 +6,7 @@ import pytest
 
 from mindrlhf.errors import UserError
 from mindrlhf.rewards import accuracy_reward, format_reward
-from mindrlhf.rewards.rules import marked_answer, parse_number
+from mindrlhf.rewards.rules import answer_key, marked_answer, parse_number
 
 
 @pytest.mark.parametrize(
@@ -223,3 +223,49 @@ def test_hostile_completions_are_quick(hostile):
 )
 def test_format(completion, reward):
     assert format_reward([completion], label=["x"]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("completion", "key"),
+    [
+        (r"so \boxed{42}", "42"),
+        ("#### 1,042.0", "1042"),
+        ("so it is -3/4.", "-3/4"),
+        (r"\boxed{\frac{6}{8}}", "3/4"),
+        ("<answer>0.75</answer>", "3/4"),
+        ("  7\n", "7"),
+        ("50%", "50"),
+        ("1e3 or 1e-2", "1/100"),
+        (r"\boxed{ \text{New} York. }", "newyork"),
+        (r"\boxed{7} or 8", "7"),
+        ("I do not know", "idonotknow"),
+        (r"\boxed{} 42", ""),
+        ("", ""),
+        (r"\boxed{1/0}", "1/0"),
+    ],
+)
+def test_answer_key(completion, key):
+    assert answer_key(completion) == key
+
+
+def test_answers_have_equal_keys_where_they_are_equal():
+    answers = [
+        "1/2",
+        "0.5",
+        r"\frac12",
+        ".50",
+        "50/100",
+        "2",
+        "2.0",
+        "x+1",
+        "X + 1",
+        r"x\,+1",
+        "x-1",
+        "1 1/2",
+        "11/2",
+        "",
+    ]
+    for a in answers:
+        for b in answers:
+            equal = accuracy_reward([f"\\boxed{{{a}}}"], label=[b]) == [1.0]
+            assert equal == (answer_key(f"\\boxed{{{a}}}") == answer_key(f"\\boxed{{{b}}}") != ""), (a, b)

@@ -1,11 +1,17 @@
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from mindrlhf.errors import UserError
+from mindrlhf.rewards import math_equality
 from mindrlhf.rewards.rules import accuracy_reward, format_reward
-from mindrlhf.rewards.user import call_reward_function, load_reward_function
+from mindrlhf.rewards.user import BUILTINS, call_reward_function, load_reward_function
 from mindrlhf.types import Prompt
+
+ROOT = Path(__file__).parents[2]
 
 
 def prompts(*labels, **columns):
@@ -21,6 +27,25 @@ def write(path, text):
 def test_builtin_names(tmp_path):
     assert load_reward_function("accuracy", tmp_path) is accuracy_reward
     assert load_reward_function("format", tmp_path) is format_reward
+    assert load_reward_function("math", tmp_path).func is math_equality.math_reward
+    for name in BUILTINS:
+        arguments = {"maximum": 9} if name == "length" else {}
+        assert callable(load_reward_function(name, tmp_path, arguments))
+
+
+def test_builtins_are_imported_when_used():
+    code = (
+        "import sys, mindrlhf.rewards.user\n"
+        "heavy = {'math_verify', 'sympy', 'mindrlhf.rewards.math_equality', 'mindrlhf.rewards.style'}\n"
+        "sys.exit(bool(heavy & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_a_builtin_whose_package_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(math_equality.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'mindrlhf\[math\]'"):
+        load_reward_function("math", tmp_path)
 
 
 def test_function_of_a_file_relative_to_base(tmp_path):
@@ -44,8 +69,8 @@ def test_function_of_a_file_relative_to_base(tmp_path):
     ("spec", "message"),
     [
         ("acuracy", r"'acuracy': no such name; did you mean 'accuracy'\? .*path.py:function"),
-        ("helpfulness", "known: accuracy, format"),
-        ("good.py", "known: accuracy, format"),
+        ("helpfulness", "known: accuracy, math, format, .*knights_and_knaves. Your own is"),
+        ("good.py", "known: accuracy, math"),
         ("absent.py:mine", r"no such file /.*/absent.py"),
         ("good.py:mien", r"good.py has no 'mien'; did you mean 'mine'\?"),
         ("good.py:other", "it defines mine"),
@@ -117,3 +142,53 @@ def test_a_missing_column_is_named():
 
     with pytest.raises(UserError, match="asks for 'solution', .* prompts, completions, label, labels, level"):
         call_reward_function(reward, prompts("1", level=[3]), ["a"])
+
+
+def test_arguments_of_a_builtin_win_over_columns(tmp_path):
+    length = load_reward_function("length", tmp_path, {"maximum": 2})
+    # A column that is called as an argument is another thing, set or not.
+    data = prompts("1", "2", maximum=[100, 100], unit=["cm", "m"])
+    assert call_reward_function(length, data, ["ab", "abc"]) == [0, -0.5]
+    repetition = load_reward_function("repetition", tmp_path)
+    assert call_reward_function(repetition, prompts("1", ngram_size=[1]), ["a a b"]) == [0]
+
+
+def test_arguments_of_ones_own_function(tmp_path):
+    source = """
+        def keyword(completions, *, scale=1, **columns):
+            return [scale * len(text) for text in completions], columns
+        def named(completions, level, scale=1):
+            return level, scale
+        def openrlhf(queries, prompts, labels, scale=1, **columns):
+            return queries, scale, columns
+        """
+    write(tmp_path / "mine.py", source)
+    data = prompts("1", scale=[7], level=[3])
+
+    def call(name, arguments):
+        return call_reward_function(load_reward_function(f"mine.py:{name}", tmp_path, arguments), data, ["ab"])
+
+    columns = {"level": [3], "label": ["1"], "labels": ["1"]}
+    assert call("keyword", {"scale": 2}) == ([4], {**columns, "prompts": ["p0"]})
+    assert call("keyword", {"other": 5})[1]["other"] == 5  # **columns takes any
+    assert call("named", {"scale": 2}) == ([3], 2)
+    assert call("named", {"level": 1}) == (1, [7])
+    assert call("openrlhf", {"scale": 2}) == (["p0ab"], 2, {"level": [3], "label": ["1"], "completions": ["ab"]})
+    assert call("openrlhf", {"scale": 2, "level": 9})[2]["level"] == 9
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments", "message"),
+    [
+        ("length", {"maximun": 3}, "'length' has no argument 'maximun'; did you mean 'maximum'"),
+        ("length", {"zzz": 3}, "has no argument 'zzz'; it takes maximum, minimum, buffer, unit$"),
+        ("length", {}, "'length' needs a value for 'maximum' in its arguments"),
+        ("accuracy", {"completions": 3}, "'accuracy' has no argument 'completions'; it takes none"),
+        ("mine.py:mine", {"scales": 3}, "has no argument 'scales'; did you mean 'scale'"),
+        ("mine.py:mine", {3: 3}, "has no argument '3'; it takes completions, scale"),
+    ],
+)
+def test_bad_arguments(tmp_path, spec, arguments, message):
+    write(tmp_path / "mine.py", "def mine(completions, scale=1): pass")
+    with pytest.raises(UserError, match=message):
+        load_reward_function(spec, tmp_path, arguments)

@@ -29,10 +29,10 @@ def letter_reward(completions, **columns):
 
 @pytest.fixture()
 def tiny_config(problems, tmp_path):
-    """A function: overrides as keyword arguments with __ for the dot -> GRPOConfig that writes below tmp_path."""
+    """A function: overrides as keyword arguments with __ for the dot -> a config that writes below tmp_path."""
     from mindrlhf.config import GRPOConfig, load_config
 
-    def make(output="run", **overrides):
+    def make(output="run", kind=GRPOConfig, **overrides):
         values = {
             "output": str(tmp_path / output),
             "model.build.decoder": json.dumps(DECODER),
@@ -53,7 +53,7 @@ def tiny_config(problems, tmp_path):
         }
         for name, value in overrides.items():
             values[name.replace("__", ".")] = str(value).replace("PROBLEMS", str(problems))
-        return load_config(GRPOConfig, None, [f"{name}={value}" for name, value in values.items()])
+        return load_config(kind, None, [f"{name}={value}" for name, value in values.items()])
 
     return make
 

@@ -14,24 +14,21 @@ from tests.trainer.conftest import letter_reward
 @pytest.fixture()
 def make_trainer(mindspore, tiny_config):
     def make(rewards=letter_reward, **overrides):
-        from mindrlhf.rewards import Rewards
         from mindrlhf.trainer.grpo import GRPOTrainer
 
-        trainer = GRPOTrainer(tiny_config(**overrides))
-        trainer.rewards = Rewards.from_functions(rewards)
-        return trainer
+        return GRPOTrainer(tiny_config(**overrides), reward_funcs=rewards)
 
     return make
 
 
-def _metrics(trainer):
+def metrics_of(trainer):
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (trainer.output / "metrics.jsonl").read_text().splitlines()]
     clock = ("time", "tokens_per_second")
     return [{k: v for k, v in line.items() if k not in clock and not k.startswith("seconds/")} for line in lines]
 
 
-def _same_checkpoint(one, two):
+def same_checkpoint(one, two):
     for directory in ("", "optimizer"):
         first, second = read_tensors(one / directory), read_tensors(two / directory)
         assert list(first) == list(second)
@@ -54,8 +51,8 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_trainer, stop):
     second = make_trainer(output="resumed", **options, warmup__train="[{path: PROBLEMS}]")
     summary = second.fit()
     assert summary["steps"] == 4
-    _same_checkpoint(straight.checkpoints.path(4), second.checkpoints.path(4))
-    assert _metrics(straight) == _metrics(second)
+    same_checkpoint(straight.checkpoints.path(4), second.checkpoints.path(4))
+    assert metrics_of(straight) == metrics_of(second)
     assert not partial.exists()
 
 
@@ -102,7 +99,7 @@ def test_dynamic_sampling_refills_and_keeps_only_groups_that_differ(make_trainer
     rollouts = trainer.make_experience()
     assert trainer.experience["rounds"] > 1 and trainer.experience["groups"] == 3
     assert sorted({rollout.group for rollout in rollouts}) == [0, 1, 2]
-    first = trainer.rewards.parts[0][0]
+    first = trainer.collector.rewards.parts[0][0]
     for group in range(3):
         values = {r.reward_parts[first] for r in rollouts if r.group == group}
         assert len(values) > 1
@@ -143,12 +140,15 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_named(make_trainer)
     make_dataset = trainer.make_dataset
 
     def broken():
-        return [[b._replace(advantages=b.advantages * np.inf) for b in update] for update in make_dataset()]
+        return [
+            update._replace(policy=[b._replace(advantages=b.advantages * np.inf) for b in update.policy])
+            for update in make_dataset()
+        ]
 
     trainer.make_dataset = broken
     summary = trainer.fit()
     assert summary["skipped_updates"] == 1
-    (line,) = (line for line in _metrics(trainer) if line["step"] == 1)
+    (line,) = (line for line in metrics_of(trainer) if line["step"] == 1)
     assert line["skipped_updates"] == 1 and line["skipped_tensor"].startswith("model.")
 
 
@@ -187,9 +187,73 @@ def test_adapters_are_trained_online(make_trainer):
         model__path=base, model__lora__rank=2, trainer__steps=4, algorithm__learning_rate=1e-2, algorithm__kl_coef=0.01
     )
     summary = trainer.fit()
-    assert max(line["mismatch_max"] for line in _metrics(trainer) if "mismatch_max" in line) < 1e-4
+    assert max(line["mismatch_max"] for line in metrics_of(trainer) if "mismatch_max" in line) < 1e-4
     assert (Path(summary["checkpoint"]) / "adapter_model.safetensors").is_file()
     adapter = dict(trainer.policy.decoder.adapter_tensors())
     assert any(array.any() for name, array in adapter.items() if "lora_B" in name)
     with pytest.raises(UserError, match="model.lora.dropout: 0.5 must be 0: the ratio would not be 1 on policy"):
         make_trainer(model__path=base, model__lora__rank=2, model__lora__dropout=0.5, output="other")
+
+
+def test_asynchronous_answers_are_of_the_policy_one_step_before(make_trainer):
+    """Step by step the same as: sample with the weights of before the last update, rescore, correct, train."""
+    options = {"rollout__asynchronous": "true", "algorithm__kl_coef": 0, "algorithm__learning_rate": 5e-3}
+    trainer = make_trainer(**options, trainer__steps=4)
+    trainer.prepare(None)
+    stale = make_trainer(**options, output="stale")
+    weights = {name: array.copy() for name, array in trainer.policy.decoder.tensors()}
+    lines = []
+    for step in range(4):
+        before = {name: array.copy() for name, array in trainer.policy.decoder.tensors()}
+        lines.append(trainer.run_step()[0])
+        stale.policy.decoder.load((weights if step else before).__getitem__)
+        stale.collector.sync()
+        expected, _ = stale.collector._collect(step, 2, 4)
+        for ours, theirs in zip(trainer.rollouts, expected, strict=True):
+            np.testing.assert_array_equal(ours.response_ids, theirs.response_ids)
+            np.testing.assert_array_equal(ours.sampled_logprobs, theirs.sampled_logprobs)
+        weights = before
+    assert lines[0]["mismatch_max"] < 1e-4 < 1e-3 < min(line["mismatch_max"] for line in lines[1:])
+    assert all(line["mismatch_mean"] <= line["mismatch_max"] for line in lines)
+
+
+def test_an_asynchronous_run_resumes_bit_equal(make_trainer):
+    """What was generated and not trained on is in the checkpoint."""
+    options = {"rollout__asynchronous": "true", "trainer__evaluate_every": 2, "data__test": "[{path: PROBLEMS}]"}
+    straight = make_trainer(output="straight", **options)
+    straight.fit()
+    first = make_trainer(output="resumed", **options, trainer__save_every=2)
+    run_step = first.run_step
+
+    def stops():
+        if first.step == 2:
+            raise KeyboardInterrupt
+        return run_step()
+
+    first.run_step = stops
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    second = make_trainer(output="resumed", **options, trainer__save_every=2)
+    second.fit()
+    same_checkpoint(straight.checkpoints.path(4), second.checkpoints.path(4))
+    assert metrics_of(straight) == metrics_of(second)
+
+
+def test_an_asynchronous_reward_that_fails_stops_after_saving(make_trainer):
+    calls = []
+
+    def fails_on_the_third(completions, **columns):
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise KeyError("lost")
+        return letter_reward(completions)
+
+    options = {"rollout__asynchronous": "true", "algorithm__kl_coef": 0}
+    with pytest.raises(UserError, match=r"KeyError.*step 2, saved .*step-000002"):
+        make_trainer(fails_on_the_third, **options).fit()
+    resumed = make_trainer(**options)
+    resumed.fit()
+    straight = make_trainer(output="straight", **options)
+    straight.fit()
+    drawn = [trainer.collector.order.state() for trainer in (resumed, straight)]
+    assert drawn[0] == drawn[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.errors import UserError
-from mindrlhf.losses import PREFERENCE_LOSSES
+from mindrlhf.preference_losses import PREFERENCE_LOSSES
 from tests.trainer.stages import DECODER, losses, weights
 
 # At the start policy and reference are one, so D = 0. simpo and orpo have no reference and begin anywhere.

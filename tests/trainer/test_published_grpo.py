@@ -134,7 +134,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(published):
 def test_end_tokens_are_special_tokens_only(published):
     """LlamaConfig's own default is 2, a letter of Qwen2's vocabulary."""
     trainer = published()
-    end = trainer.tokenizer.eos_token_id
+    end = trainer.policy.tokenizer.eos_token_id
     assert trainer.policy.generation_config == {"eos_token_id": [end]}
     with_end_of_turn = llama_config(eos_token_id=[end + 2, end])
     trainer = published(sft_model_config_train=with_end_of_turn)

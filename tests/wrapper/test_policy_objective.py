@@ -40,7 +40,7 @@ def _batches(answers, rows, row_tokens, mode="token_mean", order=None):
 def _gradients(micro_config, batches, loss=None):
     """Loss, metrics and the gradient of every parameter: the first moments of one step are (1 - beta1) of it."""
     from mindrlhf.models.decoder import Decoder, random_weights
-    from mindrlhf.wrapper.objectives import PolicyLoss, PolicyObjective
+    from mindrlhf.wrapper.policy_objectives import PolicyLoss, PolicyObjective
     from mindrlhf.wrapper.train_step import TrainStep
 
     decoder = Decoder(micro_config, random_weights(micro_config, 0))
@@ -76,7 +76,7 @@ def test_a_fully_masked_step_has_loss_and_gradients_of_zero(mindspore, micro_con
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce(mindspore, micro_config, answers):
     """With old = policy nothing is clipped, the loss is -mean(A) and a finite difference confirms the gradient."""
     from mindrlhf.models.decoder import Decoder, random_weights
-    from mindrlhf.wrapper.objectives import PolicyLoss
+    from mindrlhf.wrapper.policy_objectives import PolicyLoss
     from mindrlhf.wrapper.scorer import Scorer
 
     decoder = Decoder(micro_config, random_weights(micro_config, 0))
@@ -87,5 +87,5 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce(mindspore, mic
     expected = -sum(float((batch.advantages * batch.loss_weight).sum()) for batch in batches)
     assert result.loss == pytest.approx(expected, abs=1e-6)
     assert result.metrics["clip_fraction"] == 0
-    assert result.metrics["mismatch_max"] < 1e-5
+    assert result.metrics["shift_max"] < 1e-5
     assert result.metrics["tokens"] == sum(COUNTS)

@@ -1,0 +1,164 @@
+"""Where a step's answers come from: prompts drawn, groups sampled and rewarded, until there are enough of them."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mindrlhf.advantages import keep_group, overlong_penalty
+from mindrlhf.config import OnlineConfig, SamplingConfig
+from mindrlhf.data.prompts import PromptDataset, PromptOrder
+from mindrlhf.rewards import Rewards
+from mindrlhf.trainer.algorithms import Resolved
+from mindrlhf.trainer.loop import mean
+from mindrlhf.trainer.roles import Policy
+from mindrlhf.types import Prompt, Rollout
+from mindrlhf.wrapper.generator import Generator
+from mindrlhf.wrapper.sampling import mix
+
+Group = list[Rollout]  # the answers to one prompt
+
+
+class Experience(NamedTuple):
+    """What a step trains on."""
+
+    rollouts: list[Rollout]  # of whole groups, numbered from 0
+    metrics: dict[str, float]  # means over everything that was sampled for it
+
+
+class Collector:
+    """Draws prompts, samples `num_generations` answers to each and rewards them."""
+
+    def __init__(
+        self, config: OnlineConfig, algorithm: Resolved, policy: Policy, prompts: PromptDataset, rewards: Rewards
+    ):
+        rollout = config.rollout
+        self.config, self.algorithm, self.policy = config, algorithm, policy
+        self.prompts, self.rewards = prompts, rewards
+        sources = prompts.sources
+        self.order = PromptOrder([len(s.keys) for s in sources], [s.probability for s in sources], config.seed)
+        stop = policy.stop_ids(rollout.sampling.stop)
+        decoder, longest = policy.decoder, rollout.sampling.max_tokens
+        self.generator = Generator(decoder, rollout.slots, rollout.max_prompt_tokens, longest, stop)
+        # Asynchronous rollouts: the next step's experience, and the order of the prompts as it was before.
+        self._thread = ThreadPoolExecutor(1, "rollouts")
+        self._pending: Future[Experience] | None = None
+        self._before_pending: dict[str, Any] = {}
+
+    def next(self, step: int, prompts_per_step: int, num_generations: int, more: bool) -> Experience:
+        """A step's experience, with the policy as it is; asynchronously with the policy as it was a step before, and
+        then the next step's is begun, if there will be `more`."""
+        if not self.config.rollout.asynchronous:
+            self.sync()
+            experience = self._collect(step, prompts_per_step, num_generations)
+            self.generator.release()  # training needs the memory; the next sync writes all of it anew
+            return experience
+        pending, self._pending = self._pending, None
+        if pending is None:
+            self.sync()
+            experience = self._collect(step, prompts_per_step, num_generations)
+        else:
+            experience = pending.result()
+        if more:
+            self.sync()
+            self._before_pending = self.order.state()
+            self._pending = self._thread.submit(self._collect, step + 1, prompts_per_step, num_generations)
+        return experience
+
+    def sync(self, weights: Callable[[str], np.ndarray] | None = None) -> None:
+        """Generate with these weights from now on, by default with the policy's; what is being generated ends first."""
+        if self._pending:
+            wait([self._pending])
+        self.generator.sync(weights)
+
+    def _collect(self, step: int, prompts_per_step: int, num_generations: int) -> Experience:
+        """`step` and the config's seed key the sampling."""
+        algorithm, kept, everything = self.algorithm, [], []
+        rounds = self.config.algorithm.dynamic_sampling_max_rounds if algorithm.dynamic_sampling else 1
+        for number in range(rounds):
+            prompts = [self.prompts[i] for i in self.order.take(prompts_per_step - len(kept))]
+            seed = int(mix(self.config.seed, step, number))
+            groups = self.groups(prompts, num_generations, self.config.rollout.sampling, seed)
+            everything += [answer for group in groups for answer in group]
+            if algorithm.row.needs == "greedy":
+                groups = self._with_greedy_rewards(prompts, groups)
+            kept += [group for group in groups if not algorithm.dynamic_sampling or self._is_informative(group)]
+            if len(kept) == prompts_per_step:
+                break
+        rollouts = [replace(answer, group=i) for i, group in enumerate(kept) for answer in group]
+        return Experience(rollouts, describe_all(everything) | {"groups": len(kept), "rounds": number + 1})
+
+    def groups(self, prompts: Sequence[Prompt], count: int, sampling: SamplingConfig, seed: int) -> list[Group]:
+        """`count` rewarded answers to each prompt."""
+        answers = self.generator.generate(prompts, count, sampling, seed)
+        answers = self._rewarded([prompt for prompt in prompts for _ in range(count)], answers, sampling.max_tokens)
+        return [answers[i : i + count] for i in range(0, len(answers), count)]
+
+    def _rewarded(self, prompts: Sequence[Prompt], answers: Sequence[Rollout], max_tokens: int) -> list[Rollout]:
+        totals, parts = self.rewards(prompts, self.texts(answers))
+        config, rewarded = self.config.algorithm, []
+        for i, answer in enumerate(answers):
+            own = {name: float(values[i]) for name, values in parts.items()}
+            added = {}
+            if self.algorithm.overlong_buffer:
+                length, buffer = len(answer.response_ids), self.algorithm.overlong_buffer
+                added["overlong"] = overlong_penalty(length, max_tokens, buffer, config.overlong_factor)
+            if config.missing_stop_penalty:
+                added["missing_stop"] = 0.0 if answer.finished else -config.missing_stop_penalty
+            if answer.token_rewards is not None:
+                added["environment"] = float(answer.token_rewards.sum())
+            reward = float(totals[i]) + sum(added.values())
+            rewarded.append(replace(answer, reward=reward, reward_parts=own | added))
+        return rewarded
+
+    def _with_greedy_rewards(self, prompts: Sequence[Prompt], groups: list[Group]) -> list[Group]:
+        greedy = SamplingConfig(temperature=0.0, max_tokens=self.config.rollout.sampling.max_tokens)
+        baselines = self.groups(prompts, 1, greedy, 0)
+        return [
+            [replace(answer, greedy_reward=baseline.reward) for answer in group]
+            for group, (baseline,) in zip(groups, baselines, strict=True)
+        ]
+
+    def _is_informative(self, group: Sequence[Rollout]) -> bool:
+        """By the first reward function, whose values dynamic sampling takes to lie in [0, 1]."""
+        first = self.rewards.parts[0][0]
+        return keep_group(np.array([rollout.reward_parts[first] for rollout in group]))
+
+    def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
+        """The answers as text, without special tokens."""
+        return self.policy.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: where the order of the prompts stands, and experience that no step has trained on yet."""
+        if self._pending is None:
+            return {"order": self.order.state()}
+        if self._pending.exception():  # which is raised where the experience is asked for
+            return {"order": self._before_pending}
+        rollouts, metrics = self._pending.result()
+        return {"order": self.order.state(), "pending": [[rollout.state() for rollout in rollouts], metrics]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.order.load_state(state["order"])
+        if "pending" in state:
+            rollouts, metrics = state["pending"]
+            self._pending = Future()
+            self._pending.set_result(Experience([Rollout.from_state(rollout) for rollout in rollouts], metrics))
+
+
+def describe_all(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over the answers, for the metrics."""
+    parts: Counter[str] = Counter()
+    for rollout in rollouts:
+        parts.update(rollout.reward_parts)
+    count = max(len(rollouts), 1)
+    return {
+        "reward/total": mean([rollout.reward for rollout in rollouts]),
+        **{f"reward/{name}": value / count for name, value in parts.items()},
+        "response_tokens": mean([len(rollout.response_ids) for rollout in rollouts]),
+        "finished": mean([rollout.finished for rollout in rollouts]),
+        "answers": len(rollouts),
+    }

@@ -1,0 +1,114 @@
+"""PPO's critic: the value of the state before each sampled token. Its own decoder, or a head on the policy's."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor
+
+from mindrlhf.config import CriticConfig, OptimizerConfig
+from mindrlhf.errors import UserError
+from mindrlhf.models.decoder import Decoder
+from mindrlhf.models.hf import SCORE, expected_shapes, read_tensor_file, write_tensor_file
+from mindrlhf.trainer.roles import Policy, check_vocabulary, open_checkpoint
+from mindrlhf.types import ActorCriticBatch, PackedRows, PolicyBatch, ValueBatch
+from mindrlhf.wrapper.policy_objectives import TrunkValues, ValueHead, ValueObjective
+from mindrlhf.wrapper.scorer import POSITION_FIELDS, ScoreHead, over
+from mindrlhf.wrapper.train_step import StepResult, TrainStep
+
+
+class OwnCritic:
+    """A decoder with a score head, its own optimizer, and a checkpoint like a reward model's."""
+
+    policy_batch, batch = PolicyBatch, ValueBatch
+
+    def __init__(self, config: CriticConfig, policy: Policy, optimizer: OptimizerConfig, model: Policy | None = None):
+        """model: the critic where the program has made it; else config.model, else a copy of the policy. UserError."""
+        if model is None and config.model:
+            model = open_checkpoint(config.model, head="score")
+            check_vocabulary(policy.tokenizer, model.decoder.config, f"critic.model: {config.model}")
+            theirs, ours = model.decoder.config.max_positions, policy.decoder.config.max_positions
+            if theirs < ours:
+                raise UserError(f"critic.model: {config.model} has {theirs} positions, the policy {ours}; take another")
+        self._copies_policy = model is None
+        self.model = model or Policy(_with_score_head(policy.decoder), policy.tokenizer, policy.generation_config)
+        self._head = ScoreHead(self.model.decoder)
+        objective = ValueObjective(self.model.decoder, config.value_clip)
+        self.train_step = TrainStep(objective, self.model.trainable, optimizer)
+
+    def start(self, policy: Policy) -> None:
+        """Called as online training begins: a warm-up may have moved what this is a copy of."""
+        if self._copies_policy:
+            own = self.model.decoder
+            own.load(lambda name: own.weights(name) if name == SCORE else policy.decoder.weights(name))
+
+    def values(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
+        """[N] float32 of each micro-batch; 0 on padding."""
+        return self._head.score(batches)
+
+    def train(self, batches: Sequence[ValueBatch], learning_rate: float) -> StepResult:
+        """One optimizer step."""
+        return self.train_step(batches, learning_rate)
+
+    def release(self) -> None:
+        self.train_step.release()
+
+    def write(self, directory: Path) -> None:
+        self.model.write(directory)
+
+    def load(self, directory: Path) -> None:
+        self.model.load(directory)
+
+    def state(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Optimizer tensors by name."""
+        return self.train_step.state()
+
+    def load_state(self, read: Callable[[str], np.ndarray], updates: int) -> None:
+        self.train_step.load_state(read, updates)
+
+    @property
+    def updates(self) -> int:
+        return self.train_step.updates
+
+
+class TrunkCritic:
+    """A value head on the policy's hidden states, trained in the policy's graph and by its optimizer."""
+
+    policy_batch, batch = ActorCriticBatch, None
+    updates = 0  # of an optimizer of its own, which it has not
+    FILE = "value_head.safetensors"
+
+    def __init__(self, policy: Policy):
+        self.head = ValueHead(policy.decoder.config.hidden_size)
+        self._values = TrunkValues(policy.decoder, self.head)
+
+    def start(self, policy: Policy) -> None:
+        """The head is 0 whatever the policy is."""
+
+    def values(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
+        return over(batches, POSITION_FIELDS, self._values)
+
+    def release(self) -> None:
+        """It holds nothing."""
+
+    def write(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        weight = self.head.weight.asnumpy()
+        write_tensor_file(directory / self.FILE, [(self.head.weight.name, weight.shape, lambda: weight)])
+
+    def load(self, directory: Path) -> None:
+        self.head.weight.set_data(Tensor(np.array(read_tensor_file(directory / self.FILE)[self.head.weight.name])))
+
+    def state(self) -> Iterator[tuple[str, np.ndarray]]:
+        return iter(())
+
+    def load_state(self, read: Callable[[str], np.ndarray], updates: int) -> None:
+        """Its moments are the policy's."""
+
+
+def _with_score_head(decoder: Decoder) -> Decoder:
+    """A copy, adapters merged, with a score head of zeros instead of the logits."""
+    config = replace(decoder.config, head="score")
+    score = np.zeros(expected_shapes(config)[SCORE], np.float32)
+    return Decoder(config, lambda name: score if name == SCORE else decoder.weights(name))

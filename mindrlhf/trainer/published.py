@@ -1,0 +1,84 @@
+"""Models that a published program describes by MindFormers' configurations."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mindrlhf.errors import UserError
+from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.decoder import Decoder, random_weights
+from mindrlhf.models.model_directory import ModelDirectory
+from mindrlhf.trainer.roles import Policy, check_vocabulary, checkpoint_weights
+from mindrlhf.wrapper.scorer import Scorer
+
+# What makes two configurations one model; tables, initial spread and token ids may differ.
+_ARCHITECTURE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "qkv_bias",
+    "output_bias", "tie_embeddings", "norm_epsilon", "rope_theta", "rope_scaling",
+)  # fmt: skip
+
+
+class PromptBatches:
+    """The prompts as the published programs count them."""
+
+    def __init__(self, size: int, batch_size: int):
+        self._size, self._batch_size = size, batch_size
+
+    def get_dataset_size(self) -> int:
+        """Prompts in the training set."""
+        return self._size
+
+    def get_batch_size(self) -> int:
+        """Prompts a step."""
+        return self._batch_size
+
+
+def checkpoint_of(config: Any) -> Path | None:
+    """The Hugging Face directory that a model configuration names, if it names one."""
+    name = getattr(config, "checkpoint_name_or_path", None)
+    return Path(name) if name else None
+
+
+def described_policy(model_config: Any, tokenizer: Any, seed: int, name: str, head: str = "logits") -> Policy:
+    """The checkpoint that checkpoint_name_or_path names, or random weights where it names none. Raises UserError."""
+    config = replace(DecoderConfig.from_mindformers(model_config, name), head=head)
+    check_vocabulary(tokenizer, config, name)
+    checkpoint = checkpoint_of(model_config)
+    if checkpoint and head == "score":
+        found = ModelDirectory.read(checkpoint).with_head(head)
+        weights = found.merged()
+        config = replace(config, score_mean=found.config.score_mean, score_std=found.config.score_std)
+    else:
+        weights = checkpoint_weights(checkpoint, config) if checkpoint else random_weights(config, seed)
+    # LlamaConfig's default, 2, is Llama's end and an ordinary token elsewhere: only special tokens end an answer.
+    ends = [tokenizer.eos_token_id, *(n for n in config.eos_token_ids if n in tokenizer.all_special_ids)]
+    return Policy(Decoder(config, weights), tokenizer, {"eos_token_id": list(dict.fromkeys(ends))})
+
+
+def check_same(name: str, model_config: Any, other_name: str, other: Any) -> None:
+    """Raises UserError where two arguments of those names describe different models."""
+    ours = DecoderConfig.from_mindformers(model_config, name)
+    theirs = DecoderConfig.from_mindformers(other, other_name)
+    for field in _ARCHITECTURE:
+        if getattr(theirs, field) != getattr(ours, field):
+            raise UserError(
+                f"{other_name}: {field} is {getattr(theirs, field)}, but {getattr(ours, field)} in {name}; "
+                "they must describe the same model"
+            )
+
+
+def described_reference(ref_model_config: Any, policy: Policy, temperature: float) -> Scorer:
+    """The checkpoint that the reference's configuration names, or the policy as it is now."""
+    config, checkpoint = policy.decoder.config, checkpoint_of(ref_model_config)
+    weights = checkpoint_weights(checkpoint, config) if checkpoint else policy.decoder.weights
+    return Scorer(Decoder(config, weights), temperature)
+
+
+def refuse_without_model(trainer: str, model: str, **given: Any) -> None:
+    """Raises UserError for arguments that only mean something beside the policy's configuration, `model`."""
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise UserError(
+            f"{trainer}: {model} is needed beside {', '.join(names)}; or leave them all out, and set model.path in the "
+            "config"
+        )

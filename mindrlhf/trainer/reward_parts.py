@@ -1,0 +1,101 @@
+"""The parts of a reward, opened from the configuration: functions, models and servers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+
+from mindrlhf.config import RewardFunctionConfig
+from mindrlhf.errors import UserError
+from mindrlhf.rewards import Rewards
+from mindrlhf.rewards.remote import RemoteReward
+from mindrlhf.rewards.user import load_reward_function
+from mindrlhf.utils.parallel import start
+
+# What each kind of part reads beside weight and name.
+PROCESS = ("process", "step_separator", "step_reduction", "steps")
+READ = {
+    "function": ("function", "arguments"),
+    "model": ("model", "normalize_reward", *PROCESS),
+    "urls": ("urls", "timeout", "retries"),
+}
+
+
+def open_rewards(configs: Sequence[RewardFunctionConfig], base: Path) -> Rewards:
+    """Every entry of the config's `rewards`, paths relative to base.
+
+    A part without a name is called as its function, `model` or `remote`. Raises UserError, with the entry's number.
+    """
+    parts = []
+    for number, config in enumerate(configs):
+        kind = _kind(config, f"rewards[{number}]")
+        try:
+            name, part = OPENERS[kind](config, base)
+        except UserError as error:
+            raise UserError(f"rewards[{number}]: {error}") from None
+        parts.append((config.name or name, part, config.weight))
+    return Rewards(parts)
+
+
+class ModelReward:
+    """A reward function in TRL's form around a model that scores texts."""
+
+    def __init__(self, score: Callable[[Sequence[str], Sequence[str]], np.ndarray], place: str):
+        """place: what an error message calls it by."""
+        self.score, self.place = score, place
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """[n] float32."""
+        return self.score(prompts, completions)
+
+
+def _open_function(config: RewardFunctionConfig, base: Path) -> tuple[str, Callable]:
+    function = load_reward_function(config.function, base, config.arguments)
+    return config.function.rpartition(":")[2], function
+
+
+def _open_model(config: RewardFunctionConfig, base: Path) -> tuple[str, Callable]:
+    start()
+    directory = Path(base) / config.model
+    if config.process:
+        from mindrlhf.trainer.process_reward_model import ProcessRewardModel
+
+        return "model", ModelReward(ProcessRewardModel.open(directory, config).score_texts, str(directory))
+    from mindrlhf.trainer.reward_model import RewardModel
+
+    model = RewardModel.open(directory)
+    if not config.normalize_reward:
+        return "model", ModelReward(model.score_texts, str(directory))
+    return "model", ModelReward(lambda *texts: model.normalized(model.score_texts(*texts)), str(directory))
+
+
+def _open_servers(config: RewardFunctionConfig, base: Path) -> tuple[str, Callable]:
+    return "remote", RemoteReward(config.urls, config.timeout, config.retries)
+
+
+OPENERS: dict[str, Callable[[RewardFunctionConfig, Path], tuple[str, Callable]]] = {
+    "function": _open_function,
+    "model": _open_model,
+    "urls": _open_servers,
+}
+
+
+def _kind(config: RewardFunctionConfig, where: str) -> str:
+    """`function`, `model` or `urls`. Raises UserError for two of them, and for keys that only another kind reads."""
+    default = RewardFunctionConfig()
+    given = [field.name for field in fields(config) if getattr(config, field.name) != getattr(default, field.name)]
+    kinds = [kind for kind in READ if kind in given]  # accuracy, the default function, yields to the others
+    if len(kinds) > 1:
+        raise UserError(f"{where}: has {' and '.join(kinds)}; make one entry of each, with weights of their own")
+    kind = kinds[0] if kinds else "function"
+    for name in given:
+        if name not in ("weight", "name", *READ[kind]):
+            reader = next(other for other, names in READ.items() if name in names)
+            raise UserError(f"{where}: {name} is for an entry with {reader}, this one has {kind}; remove it")
+    idle = [name for name in given if name in PROCESS[1:]]
+    if idle and not config.process:
+        raise UserError(f"{where}: {idle[0]} is for a process reward model; set process: true, or remove it")
+    if config.process and config.normalize_reward:
+        raise UserError(f"{where}: normalize_reward: judgements of steps lie in [0, 1] already; remove it")
+    return kind
