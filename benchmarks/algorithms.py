@@ -1,10 +1,10 @@
-"""Every row of the algorithms' table on the demo's task, from the same warm start. A Markdown table for docs/algorithms.md.
+"""Every row of the algorithms' table on the demo's task, from the same warm start, as a table for docs/algorithms.md.
 
 python benchmarks/algorithms.py --directory runs/algorithms
 
-A run that is there already is not run again, so the same command goes on where it was stopped. The seconds to 0.8 are the
-steps to it times the seconds of a step: the median over a short run of each row, made one after the other at the end, when
-nothing else should run. Compilation and evaluation are left out.
+A run that is there already is not run again, so the same command goes on where it was stopped. The seconds to 0.8 are
+the steps to it times the seconds of a step: the median over a short run of each row, made one after the other at the
+end, when nothing else should run. Compilation and evaluation are left out.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "grpo" / "arithmetic.yaml"
 GOAL = 0.8
-STEPS, EVERY, TIMED_STEPS = 40, 2, 8
+STEPS, EVERY, TIMED_STEPS = 30, 2, 8
 COMMON = (
     "rollout.prompts_per_step=32", "trainer.keep_checkpoints=1", "warmup.steps=0", "logging.tensorboard=false",
     "logging.progress=false",
@@ -39,7 +39,7 @@ def main() -> None:
 
     warm = warm_start(arguments.directory)
     names = arguments.rows or list(ALGORITHMS)
-    lengths = f"trainer.steps={STEPS}", f"trainer.evaluate_every={EVERY}"
+    lengths = f"trainer.steps={STEPS}", f"trainer.evaluate_every={EVERY}", "trainer.evaluate_rows=250"
     curves = {name: [] for name in names}
     for seed in arguments.seeds:
         for name in names:

@@ -35,7 +35,7 @@ MEANINGS = {
     "InferenceConfig.max_prompt_tokens": "the window: a longer prompt is an error",
     "InferenceConfig.sampling": "keys of [`rollout.sampling`](#rolloutsampling)",
     "InferenceConfig.data": "keys of [`data`](#data); the prompts are `data.test`, which `--data` sets",
-    "InferenceConfig.rewards": "of `eval`; the first one says what is right for pass@k. Keys of [`rewards`](#rewards)",
+    "InferenceConfig.rewards": "of `eval`; pass@k and maj@k are by the first one. Keys of [`rewards`](#rewards)",
     "WarmupConfig.learning_rate": "peak; a cosine to a tenth of it over `steps`",
     "DataConfig.train": "files to train on",
     "SamplingConfig.top_p": "smallest set of tokens that has this probability; 1: off",

@@ -179,15 +179,16 @@ def test_steps_of_the_examples():
 
 
 def test_every_algorithm_is_described():
+    from mindrlhf.losses import POLICY_LOSSES
     from mindrlhf.preference_losses import PREFERENCE_LOSSES
     from mindrlhf.trainer.algorithms import ALGORITHMS
 
     text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in text for name in (*ALGORITHMS, *PREFERENCE_LOSSES))
+    assert all(f"`{name}`" in text for name in (*ALGORITHMS, *POLICY_LOSSES, *PREFERENCE_LOSSES))
     assert all(row.paper in text for row in PREFERENCE_LOSSES.values())
     for row in ALGORITHMS.values():
-        paper = re.match(r"arXiv (\S+?),", row.paper)[1]
-        assert f"arxiv.org/abs/{paper}" in text
+        papers = re.findall(r"(?:arXiv|doi) (\d+\.[\d/BF]+)", row.paper)
+        assert papers and all(f"{paper})" in text for paper in papers)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)

@@ -20,8 +20,10 @@ def name_of(path):
 
 
 def read(path):
-    """As the command reads it whose example it is; an example's folder is named after its command, or else here."""
-    command = {"reward_model": "rm", "lora": "sft"}.get(path.parent.name, path.parent.name)
+    """As the command reads it whose example it is: an example's folder, in the pipeline its file, is named after it, or
+    else here."""
+    name = path.stem if path.parent.name == "rlhf" else path.parent.name
+    command = {"reward_model": "rm", "lora": "sft", "agent": "grpo"}.get(name, name)
     return load_config(getattr(configurations, COMMANDS[command].config), path)
 
 

@@ -4,8 +4,8 @@
 
 Two files in examples/rlhf/data/, comparisons_train.jsonl and comparisons_test.jsonl. Their problems are in none of the
 files of examples/grpo/make_arithmetic.py, from which the other two stages have theirs. The better answer is right, the
-worse one has a slip as the model of the first stage makes them. Both are worked or stated as it happens, so that
-nothing but the slip tells them apart.
+worse one is wrong, both of the kinds that the model of the first stage writes: what it works is mostly right, what it
+states without working mostly wrong.
 """
 
 import json
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "grpo"))
 from make_arithmetic import SIZES, stated, worked
 
 PAIRS = {"train": 2400, "test": 300}
-WORKED = 0.7  # share of worked answers
+WORKED = {True: 0.85, False: 0.3}  # share of the right answers that are worked, and of the wrong ones
 
 
 def shifted(number: int, draw: random.Random) -> int:
@@ -52,7 +52,7 @@ def slipped(a: int, b: int, draw: random.Random) -> str:
 
 
 def answer(a: int, b: int, right: bool, draw: random.Random) -> str:
-    if draw.random() < WORKED:
+    if draw.random() < WORKED[right]:
         return worked(a, b) if right else slipped(a, b, draw)
     return stated(a, b) if right else stated(shifted(a + b, draw), 0)
 

@@ -5,8 +5,8 @@ from mindrlhf.errors import UserError
 from mindrlhf.trainer.loop import check_numbers
 
 
-def check_online(config: OnlineConfig) -> None:
-    """What no single field shows. Raises UserError."""
+def check_online(config: OnlineConfig, dynamic_sampling: bool) -> None:
+    """dynamic_sampling: what the algorithm's row and the config come to. Raises UserError."""
     rollout, algorithm, trainer = config.rollout, config.algorithm, config.trainer
     pretraining, evaluation = config.pretraining, config.evaluation
     checks = (
@@ -22,6 +22,14 @@ def check_online(config: OnlineConfig) -> None:
         ("algorithm.learning_rate", algorithm.learning_rate, algorithm.learning_rate > 0, "over 0"),
         ("algorithm.epochs_per_rollout", algorithm.epochs_per_rollout, algorithm.epochs_per_rollout > 0, "1 or more"),
         ("algorithm.updates_per_epoch", algorithm.updates_per_epoch, algorithm.updates_per_epoch > 0, "1 or more"),
+        ("rollout.max_turns", rollout.max_turns, rollout.max_turns > 0, "1 or more"),
+        ("rollout.partial_tokens", rollout.partial_tokens, rollout.partial_tokens >= 0, "0 (off) or more"),
+        ("rollout.partial_tokens", rollout.partial_tokens, not (rollout.partial_tokens and rollout.environment),
+         "0 with an environment: one in the middle of a conversation cannot be saved"),
+        ("rollout.partial_tokens", rollout.partial_tokens, not (rollout.partial_tokens and dynamic_sampling),
+         "0 with algorithm.dynamic_sampling: a group is not known to be informative before it is whole"),
+        ("rollout.partial_tokens", rollout.partial_tokens, not (rollout.partial_tokens and algorithm.name == "remax"),
+         "0 with remax: the greedy answers would be of newer weights than the others"),
         ("algorithm.gamma", algorithm.gamma, 0 < algorithm.gamma <= 1, "over 0 and at most 1"),
         ("algorithm.gae_lambda", algorithm.gae_lambda, 0 <= algorithm.gae_lambda <= 1, "between 0 and 1"),
         ("algorithm.ema_decay", algorithm.ema_decay, 0 <= algorithm.ema_decay < 1, "0 (off) or more and under 1"),

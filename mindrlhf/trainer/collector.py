@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +12,10 @@ import numpy as np
 from mindrlhf.advantages import keep_group, overlong_penalty
 from mindrlhf.config import OnlineConfig, SamplingConfig
 from mindrlhf.data.prompts import PromptDataset, PromptOrder
+from mindrlhf.environments import load_environment, stop_texts
 from mindrlhf.rewards import Rewards
 from mindrlhf.trainer.algorithms import Resolved
+from mindrlhf.trainer.episodes import PartialRollouts, describe, play
 from mindrlhf.trainer.loop import mean
 from mindrlhf.trainer.roles import Policy
 from mindrlhf.types import Prompt, Rollout
@@ -33,17 +36,21 @@ class Collector:
     """Draws prompts, samples `num_generations` answers to each and rewards them."""
 
     def __init__(
-        self, config: OnlineConfig, algorithm: Resolved, policy: Policy, prompts: PromptDataset, rewards: Rewards
+        self, config: OnlineConfig, algorithm: Resolved, policy: Policy, prompts: PromptDataset, rewards: Rewards | None
     ):
+        """rewards: None where the environment's are all there are."""
         rollout = config.rollout
         self.config, self.algorithm, self.policy = config, algorithm, policy
         self.prompts, self.rewards = prompts, rewards
         sources = prompts.sources
         self.order = PromptOrder([len(s.keys) for s in sources], [s.probability for s in sources], config.seed)
-        stop = policy.stop_ids(rollout.sampling.stop)
+        self.make_environment = load_environment(rollout.environment, Path()) if rollout.environment else None
+        turn_ends = stop_texts(self.make_environment) if self.make_environment else ()
+        stop = policy.stop_ids([*rollout.sampling.stop, *turn_ends])
+        self.partial = PartialRollouts(rollout.partial_tokens) if rollout.partial_tokens else None
         decoder, longest = policy.decoder, rollout.sampling.max_tokens
         self.generator = Generator(decoder, rollout.slots, rollout.max_prompt_tokens, longest, stop)
-        # Asynchronous rollouts: the next step's experience, and the order of the prompts as it was before.
+        # Asynchronous rollouts: the next step's experience, and the rest of the state as it was before.
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._pending: Future[Experience] | None = None
         self._before_pending: dict[str, Any] = {}
@@ -64,7 +71,7 @@ class Collector:
             experience = pending.result()
         if more:
             self.sync()
-            self._before_pending = self.order.state()
+            self._before_pending = self._drawn()
             self._pending = self._thread.submit(self._collect, step + 1, prompts_per_step, num_generations)
         return experience
 
@@ -81,7 +88,10 @@ class Collector:
         for number in range(rounds):
             prompts = [self.prompts[i] for i in self.order.take(prompts_per_step - len(kept))]
             seed = int(mix(self.config.seed, step, number))
-            groups = self.groups(prompts, num_generations, self.config.rollout.sampling, seed)
+            if self.partial:
+                prompts, groups = self._advanced(prompts, num_generations, seed)
+            else:
+                groups = self.groups(prompts, num_generations, self.config.rollout.sampling, seed)
             everything += [answer for group in groups for answer in group]
             if algorithm.row.needs == "greedy":
                 groups = self._with_greedy_rewards(prompts, groups)
@@ -89,16 +99,34 @@ class Collector:
             if len(kept) == prompts_per_step:
                 break
         rollouts = [replace(answer, group=i) for i, group in enumerate(kept) for answer in group]
-        return Experience(rollouts, describe_all(everything) | {"groups": len(kept), "rounds": number + 1})
+        metrics = describe_all(everything) | {"groups": len(kept), "rounds": number + 1}
+        return Experience(rollouts, metrics | (describe(everything) if self.make_environment else {}))
 
     def groups(self, prompts: Sequence[Prompt], count: int, sampling: SamplingConfig, seed: int) -> list[Group]:
         """`count` rewarded answers to each prompt."""
-        answers = self.generator.generate(prompts, count, sampling, seed)
-        answers = self._rewarded([prompt for prompt in prompts for _ in range(count)], answers, sampling.max_tokens)
+        if self.make_environment:
+            turns, tokenizer = self.config.rollout.max_turns, self.policy.tokenizer
+            answers = play(self.generator, tokenizer, prompts, count, sampling, seed, self.make_environment, turns)
+        else:
+            answers = self.generator.generate(prompts, count, sampling, seed)
+        return self._rewarded_groups(prompts, count, answers, sampling.max_tokens)
+
+    def _advanced(self, prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Group]]:
+        """Begins answers to the prompts and goes on with unfinished ones: the prompts and groups that got complete."""
+        sampling = self.config.rollout.sampling
+        complete = self.partial.advance(self.generator, prompts, count, sampling, seed)
+        begun = [prompt for prompt, _ in complete]
+        answers = [answer for _, group in complete for answer in group]
+        return begun, self._rewarded_groups(begun, count, answers, sampling.max_tokens)
+
+    def _rewarded_groups(
+        self, prompts: Sequence[Prompt], count: int, answers: Sequence[Rollout], max_tokens: int
+    ) -> list[Group]:
+        answers = self._rewarded([prompt for prompt in prompts for _ in range(count)], answers, max_tokens)
         return [answers[i : i + count] for i in range(0, len(answers), count)]
 
     def _rewarded(self, prompts: Sequence[Prompt], answers: Sequence[Rollout], max_tokens: int) -> list[Rollout]:
-        totals, parts = self.rewards(prompts, self.texts(answers))
+        totals, parts = self.rewards(prompts, self.texts(answers)) if self.rewards else (np.zeros(len(answers)), {})
         config, rewarded = self.config.algorithm, []
         for i, answer in enumerate(answers):
             own = {name: float(values[i]) for name, values in parts.items()}
@@ -123,26 +151,37 @@ class Collector:
         ]
 
     def _is_informative(self, group: Sequence[Rollout]) -> bool:
-        """By the first reward function, whose values dynamic sampling takes to lie in [0, 1]."""
-        first = self.rewards.parts[0][0]
-        return keep_group(np.array([rollout.reward_parts[first] for rollout in group]))
+        """By the first part, whose values dynamic sampling takes to lie in [0, 1]."""
+        return keep_group(np.array([rollout.reward_parts[self.first_part] for rollout in group]))
+
+    @property
+    def first_part(self) -> str:
+        """The part of the reward that says whether an answer is right."""
+        return self.rewards.parts[0][0] if self.rewards else "environment"
 
     def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
         """The answers as text, without special tokens."""
         return self.policy.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: where the order of the prompts stands, and experience that no step has trained on yet."""
+        """JSON-able: where the order of the prompts stands, unfinished answers, and experience that no step has trained
+        on yet."""
         if self._pending is None:
-            return {"order": self.order.state()}
+            return self._drawn()
         if self._pending.exception():  # which is raised where the experience is asked for
-            return {"order": self._before_pending}
+            return self._before_pending
         rollouts, metrics = self._pending.result()
-        return {"order": self.order.state(), "pending": [[rollout.state() for rollout in rollouts], metrics]}
+        return self._drawn() | {"pending": [[rollout.state() for rollout in rollouts], metrics]}
+
+    def _drawn(self) -> dict[str, Any]:
+        state = {"order": self.order.state()}
+        return state | ({"partial": self.partial.state()} if self.partial else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.order.load_state(state["order"])
+        if self.partial:
+            self.partial.load_state(state["partial"], self.prompts)
         if "pending" in state:
             rollouts, metrics = state["pending"]
             self._pending = Future()

@@ -27,8 +27,7 @@ def evaluate_sampled(collector: Collector, prompts: Sequence[Prompt]) -> dict[st
     """pass@k and maj@k as the config's evaluation section says, right by the first reward function."""
     evaluation = collector.config.evaluation
     answers = _answers(collector, prompts, evaluation.num_generations, _at(collector, evaluation.temperature))
-    first = next(iter(answers[0].reward_parts))
-    rewards = [answer.reward_parts[first] for answer in answers]
+    rewards = [answer.reward_parts[collector.first_part] for answer in answers]
     return evaluation_metrics(rewards, collector.texts(answers), evaluation.num_generations, evaluation.k)
 
 

@@ -46,10 +46,11 @@ class OnlineTrainer(Trainer):
 
     def __init__(self, config: OnlineConfig, policy: Policy | None = None, rewards: Rewards | None = None):
         self.config = config
-        check_online(config)
         start()
         self.algorithm = resolve(config.algorithm, config.rollout)
-        rewards = rewards or open_rewards(config.rewards, Path())
+        check_online(config, self.algorithm.dynamic_sampling)
+        if rewards is None and (config.rewards or not config.rollout.environment):
+            rewards = open_rewards(config.rewards, Path())
         self.policy = policy or open_policy(config.model, config.seed)
         self.prompts, self.held_out = self._read(config.data.train), self._read(config.data.test)
         if not len(self.prompts):

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.types import PackedRows
+from mindrlhf.wrapper.graph import Graph
 from mindrlhf.wrapper.scorer import POSITION_FIELDS, over
 
 
-class StepScorer(nn.Cell):
+class StepScorer(Graph):
     """The judgement [N] in [0, 1] at the target positions of a micro-batch of packed rows.
 
     sum_i p_i (1 - i / (R - 1)) over the R reward tokens, best first, p = softmax over their logits alone, as they are

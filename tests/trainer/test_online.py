@@ -13,10 +13,10 @@ from tests.trainer.conftest import letter_reward
 
 @pytest.fixture()
 def make_trainer(mindspore, tiny_config):
-    def make(rewards=letter_reward, **overrides):
+    def make(reward=letter_reward, **overrides):
         from mindrlhf.trainer.grpo import GRPOTrainer
 
-        return GRPOTrainer(tiny_config(**overrides), reward_funcs=rewards)
+        return GRPOTrainer(tiny_config(**overrides), reward_funcs=reward)
 
     return make
 
@@ -257,3 +257,151 @@ def test_an_asynchronous_reward_that_fails_stops_after_saving(make_trainer):
     straight.fit()
     drawn = [trainer.collector.order.state() for trainer in (resumed, straight)]
     assert drawn[0] == drawn[1]
+
+
+def test_evaluation_says_pass_and_majority_and_the_kl_that_was_paid(make_trainer):
+    options = {
+        "data__test": "[{path: PROBLEMS}]", "evaluation__num_generations": 4, "evaluation__k": "[1, 4]",
+        "evaluation__kl": "true", "algorithm__kl_coef": 0.5, "algorithm__learning_rate": 5e-3,
+        "algorithm__ema_decay": 0.9,
+    }  # fmt: skip
+    trainer = make_trainer(**options)
+    summary = trainer.fit()
+    names = {"letter_reward", "pass@1", "pass@4", "maj@4", "sampled_reward", "kl", "reward_minus_kl"}
+    assert set(summary["after"]) == names | {"average/letter_reward"}
+    before, after = summary["before"], summary["after"]
+    assert before["kl"] == pytest.approx(0, abs=1e-4) and before["average/letter_reward"] == before["letter_reward"]
+    for values in (before, after):
+        paid = values["sampled_reward"] - 0.5 * values["kl"]
+        assert values["reward_minus_kl"] == pytest.approx(paid, abs=1e-6)
+        assert 0 <= values["pass@1"] <= values["pass@4"] <= 1
+    assert abs(after["kl"]) > 1e-3
+
+
+def test_the_kl_of_an_evaluation_is_that_of_its_answers(make_trainer):
+    """Against log-probs of whole sequences, one row each."""
+    from mindrlhf.trainer.held_out import evaluate_kl
+    from mindrlhf.trainer.updates import pack
+
+    trainer = make_trainer(data__test="[{path: PROBLEMS}]", evaluation__kl="true", algorithm__learning_rate=1e-2)
+    trainer.prepare(None)
+    for _ in range(2):
+        trainer.run_step()
+    prompts = trainer.held_out.prompts
+    trainer.collector.sync()
+    values = evaluate_kl(trainer.collector, prompts, trainer.scorer, 0.1)
+    answers = [group[0] for group in trainer.collector.groups(prompts, 1, trainer.config.rollout.sampling, 0)]
+    total = 0.0
+    for answer in answers:
+        packing = pack([answer], trainer.config)
+        policy, ref = (scorer.score(packing.batches)[0] for scorer in (trainer.old_scorer, trainer.scorer))
+        total += float((policy - ref).sum())
+    assert values["kl"] == pytest.approx(total / len(answers), abs=1e-4)
+
+
+def test_the_best_checkpoint_and_an_early_stop(make_trainer):
+    """Nothing can be better than the first evaluation where every answer is worth the same."""
+    trainer = make_trainer(
+        lambda completions, **columns: [1.0] * len(completions), data__test="[{path: PROBLEMS}]",
+        trainer__best="<lambda>", trainer__patience=2, trainer__evaluate_every=1, algorithm__kl_coef=0,
+        trainer__steps=6,
+    )  # fmt: skip
+    summary = trainer.fit()
+    assert summary["steps"] == 2 and summary["stopped_early"] and summary["best"]["step"] == 0
+
+
+def test_a_killed_reward_server_costs_retries_and_not_the_run(make_trainer, mindspore, tmp_path):
+    """Killed in the middle of the run; the run waits, and goes on when it is back."""
+    import threading
+
+    from tests.servers import RewardServer, write_reward_model
+
+    model = write_reward_model(tmp_path / "rm", mindspore)
+    with RewardServer(model) as server:
+        entry = f"[{{urls: ['{server.url}'], retries: 8}}]"
+        trainer = make_trainer(None, rewards=entry, trainer__steps=4, algorithm__kl_coef=0)
+        run_step, back = trainer.run_step, threading.Thread(target=server.start)
+
+        def killed_before_the_third():
+            if trainer.step == 2:
+                server.kill()
+                back.start()
+            return run_step()
+
+        trainer.run_step = killed_before_the_third
+        assert trainer.fit()["steps"] == 4
+        back.join(60)
+    lines = [line for line in metrics_of(trainer) if "reward/remote" in line]
+    retries = [line["reward/remote/retries"] for line in lines]
+    assert retries[0] == retries[1] == retries[3] == 0 < retries[2]
+    straight = make_trainer(None, output="straight", rewards=f"[{{model: {model}}}]", trainer__steps=4,
+                            algorithm__kl_coef=0)  # fmt: skip
+    straight.fit()
+    same = [line["reward/model"] for line in metrics_of(straight) if "reward/model" in line]
+    assert [line["reward/remote"] for line in lines] == pytest.approx(same, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda completions: [float("nan")] * len(completions), "nan, which is not a finite number, at index 0"),
+        (lambda completions: [1.0], "returned 1 numbers for 8 completions"),
+    ],
+    ids=["nan", "length"],
+)
+def test_a_reward_that_is_no_reward_is_one_line(make_trainer, returned, message):
+    trainer = make_trainer(lambda completions, **columns: returned(completions))
+    with pytest.raises(UserError, match=message) as error:
+        trainer.fit()
+    assert "\n" not in str(error.value) and "stopped at step 0, saved" in str(error.value)
+
+
+class Echo:
+    """Says a letter back after every turn, and that it liked it; three turns."""
+
+    stop = tuple("0123456789")
+
+    def __init__(self):
+        self.turns = 0
+
+    def reset(self, prompt):
+        return ""
+
+    def step(self, text):
+        self.turns += 1
+        return "2", 0.5, self.turns == 3
+
+
+@pytest.mark.parametrize("name", ["grpo", "reinforce++"])
+def test_conversations_with_an_environment_are_trained(make_trainer, name):
+    """Its tokens are no targets; its rewards count, alone too."""
+    trainer = make_trainer(
+        None, rewards="[]", rollout__environment=f"{__file__}:Echo", rollout__max_turns=3, algorithm__name=name,
+        algorithm__kl_coef=0.01, data__test="[{path: PROBLEMS}]", trainer__steps=3, algorithm__learning_rate=1e-2,
+        warmup__steps=10, warmup__batch_size=4, warmup__learning_rate=1e-2, warmup__train="[{path: PROBLEMS}]",
+    )  # fmt: skip
+    trainer.fit()
+    lines = [line for line in metrics_of(trainer) if "turns" in line]
+    assert len(lines) == 3 and any(line["environment_tokens"] > 0 for line in lines)
+    assert all(line["mismatch_max"] < 1e-4 for line in lines)
+    rollouts = trainer.rollouts
+    assert all(r.reward == pytest.approx(float(r.token_rewards.sum())) for r in rollouts)
+    targets = sum(batch.mask.sum() for update in trainer.make_dataset() for batch in update.policy)
+    assert targets == sum(r.is_sampled.sum() for r in rollouts) < sum(len(r.response_ids) for r in rollouts)
+
+
+def test_unfinished_answers_go_on_in_the_next_step(make_trainer):
+    """And a run that was resumed in between is bit-equal."""
+    options = {"rollout__partial_tokens": 3, "rollout__slots": 16, "trainer__steps": 5, "algorithm__kl_coef": 0,
+               "algorithm__learning_rate": 5e-3}  # fmt: skip
+    straight = make_trainer(output="straight", **options)
+    straight.fit()
+    lines = [line for line in metrics_of(straight) if "groups" in line]
+    assert lines[0]["groups"] < 2 and max(line["groups"] for line in lines) >= 2
+    # Tokens of older weights: what has been rescored differs from what was sampled.
+    assert max(line["mismatch_max"] for line in lines if line["groups"]) > 1e-3
+    make_trainer(output="resumed", **{**options, "trainer__steps": 3}).fit()
+    second = make_trainer(output="resumed", **options)
+    second.fit()
+    same_checkpoint(straight.checkpoints.path(5), second.checkpoints.path(5))
+    assert metrics_of(straight) == metrics_of(second)

@@ -1,12 +1,14 @@
 """The policy objective: the loss and the gradients do not depend on how a step is split or packed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mindrlhf.advantages import loss_weights
 from mindrlhf.config import OptimizerConfig
 from mindrlhf.data.packing import Packing
-from mindrlhf.types import PolicyBatch
+from mindrlhf.types import ActorCriticBatch, PackedRows, PolicyBatch, ValueBatch
 
 COUNTS = [1, 7, 4, 12, 3, 9, 2, 5]  # response tokens, a one-token answer among them
 
@@ -23,47 +25,81 @@ def answers():
     return sequences, targets, advantages, old, ref
 
 
-def _batches(answers, rows, row_tokens, mode="token_mean", order=None):
+def _batches(answers, rows, row_tokens, mode="token_mean", order=None, kind=PolicyBatch):
     order = list(range(len(COUNTS))) if order is None else order
     sequences, targets, advantages, old, ref = ([field[i] for i in order] for field in answers)
     packing = Packing.of(sequences, targets, rows, row_tokens)
     counts = [COUNTS[i] for i in order]
     weights = [np.full(n, w, np.float32) for n, w in zip(counts, loss_weights(counts, mode, 16), strict=True)]
-    fields = {"loss_weight": weights, "advantages": advantages, "old_logprobs": old, "ref_logprobs": ref}
-    spread = {name: packing.spread(values) for name, values in fields.items()}
+    # The critic's numbers are any numbers here.
+    fields = {"loss_weight": weights, "advantages": advantages, "old_logprobs": old, "ref_logprobs": ref,
+              "value_weight": weights, "old_values": ref, "returns": advantages}  # fmt: skip
+    spread = {name: packing.spread(fields[name]) for name in kind._fields[len(PackedRows._fields) :]}
     return [
-        PolicyBatch(*rows_, **{name: values[i] for name, values in spread.items()})
-        for i, rows_ in enumerate(packing.batches)
+        kind(*rows_, **{name: values[i] for name, values in spread.items()}) for i, rows_ in enumerate(packing.batches)
     ]
 
 
 def _gradients(micro_config, batches, loss=None):
     """Loss, metrics and the gradient of every parameter: the first moments of one step are (1 - beta1) of it."""
     from mindrlhf.models.decoder import Decoder, random_weights
-    from mindrlhf.wrapper.policy_objectives import PolicyLoss, PolicyObjective
+    from mindrlhf.wrapper.policy_objectives import (
+        ActorCriticObjective,
+        PolicyLoss,
+        PolicyObjective,
+        ValueHead,
+        ValueObjective,
+    )
     from mindrlhf.wrapper.train_step import TrainStep
 
-    decoder = Decoder(micro_config, random_weights(micro_config, 0))
-    objective = PolicyObjective(decoder, loss or PolicyLoss(kl_coef=0.1, entropy_coef=0.01))
-    step = TrainStep(objective, decoder.trainable_params(), OptimizerConfig(beta1=0.0, max_grad_norm=0))
+    head = "score" if isinstance(batches[0], ValueBatch) else "logits"
+    config = replace(micro_config, head=head)
+    decoder = Decoder(config, random_weights(config, 0))
+    parameters = decoder.trainable_params()
+    loss = loss or PolicyLoss(kl_coef=0.1, entropy_coef=0.01)
+    if isinstance(batches[0], ValueBatch):
+        objective = ValueObjective(decoder, 0.5)
+    elif isinstance(batches[0], ActorCriticBatch):
+        value_head = ValueHead(config.hidden_size)
+        objective = ActorCriticObjective(decoder, value_head, loss, 0.5, 0.5)
+        parameters.append(value_head.weight)
+    else:
+        objective = PolicyObjective(decoder, loss)
+    step = TrainStep(objective, parameters, OptimizerConfig(beta1=0.0, max_grad_norm=0))
     result = step(batches, 1e-3)
     return result, {name: array.copy() for name, array in step.state() if name.startswith("first")}
 
 
-@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant"])
-def test_micro_batches_packing_and_order_change_nothing(mindspore, micro_config, answers, mode):
-    whole, expected = _gradients(micro_config, _batches(answers, 8, 16, mode))
-    splits = [(2, 16, None), (1, 16, [7, 2, 5, 0, 3, 1, 6, 4]), (2, 40, None)]
-    for rows, row_tokens, order in splits:
-        batches = _batches(answers, rows, row_tokens, mode, order)
+# Every policy loss with the aggregation of a row that has it; both kinds of critic.
+KINDS = [
+    ("ppo", "token_mean", PolicyBatch),
+    ("gspo", "sequence_mean", PolicyBatch),
+    ("cispo", "constant", PolicyBatch),
+    ("reinforce", "sequence_sum", PolicyBatch),
+    ("importance_sampling", "token_sum", PolicyBatch),
+    ("ppo", "token_mean", ActorCriticBatch),
+    ("ppo", "token_mean", ValueBatch),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode", "batch"), KINDS, ids=lambda value: getattr(value, "__name__", value))
+def test_micro_batches_packing_and_order_change_nothing(mindspore, micro_config, answers, kind, mode, batch):
+    from mindrlhf.wrapper.policy_objectives import PolicyLoss
+
+    loss = PolicyLoss(kind=kind, kl_coef=0.1, entropy_coef=0.01, dual_clip=1.5)
+    whole, expected = _gradients(micro_config, _batches(answers, 8, 16, mode, kind=batch), loss)
+    assert whole.gradient_norm > 1e-3
+    for rows, row_tokens, order in [(1, 16, [7, 2, 5, 0, 3, 1, 6, 4]), (2, 40, None)]:
+        batches = _batches(answers, rows, row_tokens, mode, order, batch)
         assert len(batches) > 1 or row_tokens == 40
-        result, gradients = _gradients(micro_config, batches)
-        assert result.loss == pytest.approx(whole.loss, abs=1e-6)
+        result, gradients = _gradients(micro_config, batches, loss)
+        assert result.loss == pytest.approx(whole.loss, abs=1e-6, rel=1e-6)
         for name, value in whole.metrics.items():
             assert result.metrics[name] == pytest.approx(value, abs=2e-4), name
+        scale = max(float(np.abs(gradient).max()) for gradient in expected.values())
         for name, gradient in expected.items():
-            # Gradients reach 1.3, and MindSpore's own exp is good to 8e-6 of its value only.
-            np.testing.assert_allclose(gradients[name], gradient, atol=3e-6, err_msg=name)
+            # MindSpore's own exp is good to 8e-6 of its value only.
+            np.testing.assert_allclose(gradients[name], gradient, atol=3e-6 * max(scale, 1.0), err_msg=name)
 
 
 def test_a_fully_masked_step_has_loss_and_gradients_of_zero(mindspore, micro_config, answers):
