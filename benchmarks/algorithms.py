@@ -71,6 +71,8 @@ def warm_start(directory: Path) -> Path:
 
 def run(folder: str, name: str, seed: int, warm: Path, arguments: argparse.Namespace, lengths: tuple[str, ...]) -> Path:
     output = (arguments.directory / folder).resolve()
+    if (output / "summary.json").is_file():
+        return output
     own = (f"algorithm.name={name}", f"seed={seed}", f"model.path={warm}", *OWN.get(name, ()))
     mindrlhf("ppo" if name == "ppo" else "grpo", output, *COMMON, *own, *lengths, *arguments.overrides)
     return output

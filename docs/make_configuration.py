@@ -24,8 +24,8 @@ TARGET = Path(__file__).with_name("configuration.md")
 
 # Meanings of fields that have no comment beside them; a comment there wins.
 MEANINGS = {
-    "GRPOConfig.seed": "of the weights, the order of the data and the sampling",
-    "GRPOConfig.output": "directory of the run, relative to where the command is typed; default `runs/` and the job",
+    "OnlineConfig.seed": "of the weights, the order of the data and the sampling",
+    "OnlineConfig.output": "directory of the run, relative to where the command is typed; default `runs/` and the job",
     "TrainingConfig.schedule": "of the learning rate, over the steps of the run",
     "LoraConfig.alpha": "the adapters are scaled by alpha / rank",
     "KTOLossConfig.beta": "how strongly the policy is held to the reference",
@@ -43,6 +43,7 @@ MEANINGS = {
     "RolloutConfig.prompts_per_step": "prompts, and so groups, of one step",
     "RewardFunctionConfig.weight": "of this part in the sum",
     "AlgorithmConfig.overlong_factor": "what an answer of `max_tokens` loses",
+    "TrainerConfig.best_is": "whether the best value of `best` is the largest or the smallest",
     "AlgorithmConfig.schedule": "of the learning rate, over the steps of the run",
     "AlgorithmConfig.kl_estimator": "see [algorithms.md](algorithms.md#kl-to-the-reference)",
     "OptimizerConfig.beta1": "AdamW: decay of the first moment",
@@ -112,7 +113,7 @@ def configuration() -> str:
         for section in _sections(_config(job)):
             found.setdefault(section, []).append(job)
     top = [section for section in found if not section[0]]
-    parts = [HEAD, "\n## The jobs\n", _jobs(), _section("", config.GRPOConfig, "")]
+    parts = [HEAD, "\n## The jobs\n", _jobs(), _section("", config.OnlineConfig, "")]
     for name, cls in found:
         if (name, cls) not in top:
             twins = [other for other in found if other[0] == name]

@@ -44,7 +44,7 @@ JOBS = {
     ),
     "ppo": Job(
         "Train a policy online with PPO and its critic.",
-        "PPOConfig", "mindrlhf.trainer.ppo:PPOTrainer", "examples/ppo/ppo.yaml",
+        "PPOConfig", "mindrlhf.trainer.ppo:PPOTrainer", "examples/ppo/arithmetic.yaml",
     ),
 }  # fmt: skip
 

@@ -136,11 +136,10 @@ class MismatchConfig:
     """What generation's log-probs and training's old log-probs differ by: w = exp(old - sampled)."""
 
     rescore: bool = False  # take the old log-probs from a forward pass before training, not from generation
-    # The advantages times w, which rescores; null: truncated where answers are of older weights (rollout.asynchronous,
-    # partial_tokens), else none
-    correction: Literal["none", "truncated", "icepop", "sequence_mask"] | None = None
-    low: float = 0.5  # truncated: w is clamped to [low, high]; icepop: 0 outside it;
-    high: float = 5.0  # sequence_mask: answers whose geometric mean of w is outside are left out
+    # auto: truncated where answers are of older weights (rollout.asynchronous, partial_tokens), else none
+    correction: Literal["auto", "none", "truncated", "icepop", "sequence_mask"] = "auto"  # of the advantages; rescores
+    low: float = 0.5  # of w: truncated clamps to [low, high], icepop takes 0 outside of it
+    high: float = 5.0  # and sequence_mask leaves out answers whose geometric mean of w is outside
 
 
 @dataclass

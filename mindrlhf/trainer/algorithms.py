@@ -221,7 +221,9 @@ def _check_kl(config: AlgorithmConfig, kl_coef: float, kl_in_reward: bool, estim
 def _mismatch(mismatch: MismatchConfig, rollout: RolloutConfig) -> tuple[str, bool]:
     """(correction, rescore): answers of older weights are corrected where nothing else is said."""
     stale = rollout.asynchronous or rollout.partial_tokens > 0
-    correction = mismatch.correction or ("truncated" if stale else "none")
+    correction = mismatch.correction
+    if correction == "auto":
+        correction = "truncated" if stale else "none"
     if not 0 <= mismatch.low <= 1 <= mismatch.high:
         raise UserError(f"algorithm.mismatch: low {mismatch.low} and high {mismatch.high} must have 1 between them")
     return correction, mismatch.rescore or stale or correction != "none"
