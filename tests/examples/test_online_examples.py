@@ -31,7 +31,7 @@ def prompts(name: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("cls", "name"),
-    [(PPOConfig, "ppo/arithmetic"), (PPOConfig, "ppo/shared_trunk"), (SFTConfig, "rlhf/sft"),
+    [(PPOConfig, "ppo/arithmetic"), (SFTConfig, "rlhf/sft"),
      (RewardConfig, "rlhf/reward_model"), (PPOConfig, "rlhf/ppo")],
 )  # fmt: skip
 def test_every_yaml_is_a_configuration_with_files(cls, name):

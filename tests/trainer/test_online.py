@@ -73,13 +73,15 @@ def test_it_learns_and_counts_no_compilations_in_the_loop(make_trainer, compilat
 @pytest.mark.parametrize(
     "options",
     [
-        {"algorithm__name": "dr_grpo"},
         {"algorithm__name": "dapo", "algorithm__overlong_buffer": 4},
         {"algorithm__kl_in_reward": "true", "algorithm__kl_coef": 0.1, "algorithm__kl_estimator": "k1"},
+        {"algorithm__name": "remax", "rollout__num_generations": 1},
+        {"algorithm__mismatch__correction": "icepop", "algorithm__policy_loss": "cispo"},
     ],
-    ids=["dr_grpo", "dapo", "kl-in-reward"],
+    ids=["dapo", "kl-in-reward", "remax", "correction"],
 )
-def test_every_row_runs(make_trainer, options):
+def test_a_step_of_several_kinds(make_trainer, options):
+    """What rows are made of; each row's numbers are in test_credit.py, each loss's in test_policy_losses.py."""
     trainer = make_trainer(**options)
     trainer.prepare(None)
     before = trainer.policy.decoder.weights("model.norm.weight").copy()
@@ -89,6 +91,21 @@ def test_every_row_runs(make_trainer, options):
     assert (trainer.policy.decoder.weights("model.norm.weight") != before).any()
     assert ("kl" in metrics) == bool(trainer.algorithm.kl_coef)
     assert ("reward/overlong" in metrics) == (options.get("algorithm__name") == "dapo")
+    assert metrics["mismatch_max"] < 1e-4
+
+
+def test_remax_compares_with_one_greedy_answer_a_prompt(make_trainer):
+    calls = []
+
+    def reward(completions, prompts, **columns):
+        calls.append(list(prompts))
+        return [float(len(calls) == 2)] * len(completions)
+
+    trainer = make_trainer(reward, algorithm__name="remax")
+    rollouts = trainer.make_experience()
+    assert [len(prompts) for prompts in calls] == [8, 2] and calls[0][::4] == calls[1]
+    assert all(rollout.greedy_reward == 1 and rollout.reward == 0 for rollout in rollouts)
+    assert trainer.experience["answers"] == 8
 
 
 def test_dynamic_sampling_refills_and_keeps_only_groups_that_differ(make_trainer):
