@@ -80,6 +80,10 @@ def _panels(metrics: list[dict[str, Any]]) -> list[Callable[[Any], None]]:
     reward = [name for name in _names(online) if name.startswith("reward/") and name != "reward/total"]
     offline = online if not _series(online, "step", "reward/total")[0].size else []  # a policy loss says nothing
     rewards = ["rewards_chosen", "rewards_rejected", "rewards_desirable", "rewards_undesirable"]
+    several = [name for name in _names(online) if name.startswith(("eval/pass@", "eval/maj@"))]
+    # On one engine the mismatch is rounding, of which there is nothing to see.
+    stale = [line for line in online if (line.get("mismatch_max") or 0) > 1e-3]
+    mismatch, variance = "Old against sampled log-probs", "Variance that the critic explains"
     candidates = (
         (_held_out(offline, "loss", "Loss", "nats"), ["loss", "eval/loss"], offline),
         (_accuracy(_series(online, "step", "eval/accuracy")), ["eval/accuracy"], online),
@@ -89,6 +93,10 @@ def _panels(metrics: list[dict[str, Any]]) -> list[Callable[[Any], None]]:
         (_curve(online, "kl", "KL to the reference", "nats per token"), ["kl"], online),
         (_curve(online, "entropy", "Entropy", "nats per token"), ["entropy"], online),
         (_curve(online, "response_tokens", "Response length", "tokens"), ["response_tokens"], online),
+        (_curve(online, "critic/explained_variance", variance, "share"), ["critic/explained_variance"], online),
+        (_lines(online, several, "Held out, several answers", "% of problems"), several, online),
+        (_curve(online, "turns", "Turns", "turns per answer"), ["turns"], online),
+        (_curve(stale, "mismatch_mean", mismatch, "mean difference, nats"), ["mismatch_mean"], stale),
         (_curve(warmup, "warmup/loss", "Warm-up loss", "nats per token"), ["warmup/loss"], warmup),
         (_curve(online, "tokens_per_second", "Speed", "tokens/s"), ["tokens_per_second"], online),
     )
@@ -162,6 +170,21 @@ def _implicit_rewards(lines: list[dict[str, Any]], names: list[str]) -> Callable
                 axes.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=kind)
         axes.legend(fontsize=8, frameon=False)
         _label(axes, "Rewards", STEPS, "reward per answer")
+
+    return draw
+
+
+def _lines(lines: list[dict[str, Any]], names: list[str], title: str, unit: str) -> Callable[[Any], None]:
+    """Several evaluations in percent."""
+
+    def draw(axes: Any) -> None:
+        for number, name in enumerate(names):
+            steps, values = _series(lines, "step", name)
+            colour = (THICK, *PARTS)[number % (1 + len(PARTS))]
+            label = name.removeprefix("eval/")
+            axes.plot(steps, 100 * values, color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
+        axes.legend(fontsize=8, frameon=False)
+        _label(axes, title, STEPS, unit)
 
     return draw
 

@@ -48,6 +48,14 @@ def test_only_panels_with_data(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_panels_of_a_critic_conversations_and_several_answers():
+    line = {"critic/explained_variance": 0.5, "turns": 2.0, "eval/pass@1": 0.5, "eval/maj@4": 0.6, "mismatch_mean": 0.1}
+    rounding, stale = {**line, "mismatch_max": 1e-5}, {**line, "mismatch_max": 0.5}
+    titles = ["Variance that the critic explains", "Held out, several answers", "Turns"]
+    assert panel_titles([{"step": i, **rounding} for i in range(3)]) == titles
+    assert panel_titles([{"step": i, **stale} for i in range(3)]) == [*titles, "Old against sampled log-probs"]
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_few_steps_and_gaps(tmp_path, steps):
