@@ -4,10 +4,14 @@ VENV ?= .venv
 TORCH_VENV ?= .venv-torch
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint venv check-export
+.PHONY: demo rlhf test test-slow lint venv check-export
 
 demo: venv
 	$(VENV)/bin/mindrlhf grpo --config examples/grpo/arithmetic.yaml
+
+# Supervised fine-tuning, a reward model, PPO with it, and a table.
+rlhf: venv
+	PYTHON=$(CURDIR)/$(VENV)/bin/python examples/rlhf/run.sh
 
 test: lint
 	$(VENV)/bin/pytest -q -n 2 -m "not slow"

@@ -25,6 +25,8 @@ COMMON = (
 # What a row is given besides its defaults.
 OWN: dict[str, tuple[str, ...]] = {
     "ppo": ("critic.learning_rate=5e-4", "critic.warmup_steps=2"),
+    # In larger groups the second best is soon as good as the best: pass@2, of as many answers.
+    "pass_at_k": ("rollout.prompts_per_step=128", "rollout.num_generations=2"),
 }
 
 

@@ -1,12 +1,12 @@
 """Environments of multi-turn rollouts: the class that users write, loading it, and calls that check what it returns."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mindrlhf.errors import UserError
+from mindrlhf.rewards.remote import LARGEST_REWARD
 from mindrlhf.rewards.user import exception_line, load_from_file
 from mindrlhf.types import Prompt
 
@@ -72,7 +72,7 @@ def take_turn(environment: Any, text: str) -> tuple[str, float, bool]:
     observation, reward, done = (value.item() if hasattr(value, "item") else value for value in returned)
     if not isinstance(observation, str):
         problem = f"a {type(observation).__name__} as observation instead of a text"
-    elif not (isinstance(reward, int | float) and math.isfinite(reward)):
+    elif not (isinstance(reward, int | float) and abs(reward) <= LARGEST_REWARD):
         problem = f"{reward!r:.60} as reward, which is not a finite number"
     elif not isinstance(done, bool):
         problem = f"{done!r:.60} as done instead of True or False"

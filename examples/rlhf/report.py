@@ -21,7 +21,7 @@ def main(directory: Path) -> None:
     before, after = summaries["ppo"]["before"], summaries["ppo"]["after"]
     print(f"\n{'':38} {'SFT':>8} {'PPO':>8}")
     for name, text in ROWS.items():
-        print(f"{text:38} {before[name] + 0.0:8.3f} {after[name]:8.3f}")
+        print(f"{text:38} {round(before[name], 3) + 0.0:8.3f} {after[name]:8.3f}")
     judged = summaries["reward_model"]["after"]["accuracy"]
     print(f"{'reward model, comparisons judged right':38} {judged:8.3f}")
     seconds = " + ".join(f"{summaries[stage]['seconds']:.0f}" for stage in STAGES)

@@ -53,16 +53,16 @@ def config_to_yaml(config: Any) -> str:
 def difference(there: str, here: str, ignored: typing.Sequence[str]) -> str:
     """The first fields in which two configurations in YAML differ, empty where none does.
 
-    ignored: dotted names, or prefixes that end in a dot.
+    ignored: dotted names, or prefixes that end in a dot; `rewards[].urls` is a key of every entry of a list.
     """
     flat_there, flat_here = _flatten(yaml.safe_load(there)), _flatten(yaml.safe_load(here))
-    if odd := sorted(flat_there.keys() ^ flat_here.keys()):
+    if odd := sorted(name for name in flat_there.keys() ^ flat_here.keys() if "[" not in name):
         return f"of another job or version: {', '.join(odd[:3])} {'is' if len(odd) == 1 else 'are'} not in both"
     changed = [
         f"{name}: {flat_there.get(name)!r} there, {flat_here.get(name)!r} here"
         for name in sorted({*flat_there, *flat_here})
         if flat_there.get(name) != flat_here.get(name)
-        and not any(name == one or (one.endswith(".") and name.startswith(one)) for one in ignored)
+        and not any(_unnumbered(name) == one or (one.endswith(".") and name.startswith(one)) for one in ignored)
     ]
     return "; ".join(changed[:3])
 
@@ -72,9 +72,17 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            flat[f"{prefix}{name}"] = f"{len(value)} entries"
+            for number, entry in enumerate(value):
+                flat |= _flatten(entry, f"{prefix}{name}[{number}].")
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\[\d+\]", "[]", name)
 
 
 class _Loader(yaml.SafeLoader):

@@ -279,7 +279,7 @@ class EvaluationConfig:
     num_generations: int = 1  # sampled answers a problem, for pass@k and maj@k
     k: list[int] = field(default_factory=lambda: [1])  # of pass@k and maj@k, up to num_generations
     temperature: float = 1.0  # of the sampled answers
-    kl: bool = False  # KL of the greedy answers to the reference, and the reward less the KL penalty
+    kl: bool = False  # KL to the reference of answers sampled as in training, and their reward less the KL penalty
 
 
 @dataclass

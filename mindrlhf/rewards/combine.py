@@ -10,6 +10,8 @@ from mindrlhf.rewards.remote import LARGEST_REWARD, Background
 from mindrlhf.rewards.user import call_reward_function, exception_line, source_code
 from mindrlhf.types import Prompt
 
+RESERVED = ("total", "overlong", "missing_stop", "environment")  # what trainers log beside the parts
+
 
 class Rewards:
     """reward_i = sum over the parts of weight * function_i.
@@ -29,6 +31,8 @@ class Rewards:
         for name, function, weight in parts:
             if not callable(function):
                 raise UserError(f"reward {name!r} is a {type(function).__name__}, not a function")
+            if name in RESERVED:
+                raise UserError(f"reward {name!r}: the metrics have another one of that name; give it another `name`")
             if not np.isfinite(weight):
                 raise UserError(f"reward {name!r}: its weight {weight} is not a finite number")
             self.parts.append((_unique(name, [part[0] for part in self.parts]), function, float(weight)))

@@ -105,11 +105,15 @@ class Background:
         except BaseException as error:
             self._error = error
 
+    def error(self) -> BaseException | None:
+        """What the call raised, once it has come to its end."""
+        self._thread.join()
+        return self._error
+
     def result(self) -> Any:
         """What the call returned or raised, once it has."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        if error := self.error():
+            raise error
         return self._returned
 
 

@@ -184,6 +184,13 @@ def resolve(config: AlgorithmConfig, rollout: RolloutConfig) -> Resolved:
         raise UserError(f"algorithm.overlong_buffer: {buffer} is not between 0 and max_tokens")
     kl_coef, kl_in_reward, estimator = chosen("kl_coef"), chosen("kl_in_reward"), chosen("kl_estimator")
     _check_kl(config, kl_coef, kl_in_reward, estimator)
+    for name, good, range_ in (
+        ("eps_low", chosen("eps_low") >= 0, "0 or more"),
+        ("eps_high", chosen("eps_high") >= 0, "0 or more"),
+        ("dual_clip", chosen("dual_clip") == 0 or chosen("dual_clip") > 1, "0 (off) or over 1"),
+    ):
+        if not good:
+            raise UserError(f"algorithm.{name}: {chosen(name)} must be {range_}")
     loss = PolicyLoss(
         kind=chosen("policy_loss"),
         # Greedy answers have no distribution to train on; temperature 0 is refused by the trainer.
@@ -209,6 +216,8 @@ def _known(option: str, name: str, table: dict):
 
 
 def _check_kl(config: AlgorithmConfig, kl_coef: float, kl_in_reward: bool, estimator: str) -> None:
+    if kl_coef < 0:
+        raise UserError(f"algorithm.kl_coef: {kl_coef} must be 0 (off) or more: it is what leaving the reference costs")
     if config.kl_target and not (kl_in_reward and kl_coef):
         raise UserError(
             "algorithm.kl_target: the controller steers a KL in the reward; set kl_in_reward: true and kl_coef over 0"

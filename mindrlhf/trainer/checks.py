@@ -45,6 +45,10 @@ def check_online(config: OnlineConfig, dynamic_sampling: bool) -> None:
         ("evaluation.k", evaluation.k, all(0 < k <= evaluation.num_generations for k in evaluation.k),
          "between 1 and evaluation.num_generations"),
         ("evaluation.temperature", evaluation.temperature, evaluation.temperature > 0, "over 0"),
+        ("algorithm.dynamic_sampling_max_rounds", algorithm.dynamic_sampling_max_rounds,
+         algorithm.dynamic_sampling_max_rounds > 0, "1 or more"),
+        ("algorithm.reward_clip", algorithm.reward_clip, algorithm.reward_clip > 0, "over 0"),
+        ("algorithm.advantage_epsilon", algorithm.advantage_epsilon, algorithm.advantage_epsilon >= 0, "0 or more"),
         ("algorithm.warmup_steps", algorithm.warmup_steps, algorithm.warmup_steps >= 0, "0 (none) or more"),
     )  # fmt: skip
     check_numbers(config, checks)

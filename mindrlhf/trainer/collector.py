@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,9 @@ from mindrlhf.advantages import keep_group, overlong_penalty
 from mindrlhf.config import OnlineConfig, SamplingConfig
 from mindrlhf.data.prompts import PromptDataset, PromptOrder
 from mindrlhf.environments import load_environment, stop_texts
+from mindrlhf.errors import UserError
 from mindrlhf.rewards import Rewards
+from mindrlhf.rewards.remote import Background
 from mindrlhf.trainer.algorithms import Resolved
 from mindrlhf.trainer.episodes import PartialRollouts, describe, play
 from mindrlhf.trainer.loop import mean
@@ -45,14 +46,12 @@ class Collector:
         sources = prompts.sources
         self.order = PromptOrder([len(s.keys) for s in sources], [s.probability for s in sources], config.seed)
         self.make_environment = load_environment(rollout.environment, Path()) if rollout.environment else None
-        turn_ends = stop_texts(self.make_environment) if self.make_environment else ()
-        stop = policy.stop_ids([*rollout.sampling.stop, *turn_ends])
         self.partial = PartialRollouts(rollout.partial_tokens) if rollout.partial_tokens else None
         decoder, longest = policy.decoder, rollout.sampling.max_tokens
-        self.generator = Generator(decoder, rollout.slots, rollout.max_prompt_tokens, longest, stop)
+        self.generator = Generator(decoder, rollout.slots, rollout.max_prompt_tokens, longest)
+        self.find_stop_ids()
         # Asynchronous rollouts: the next step's experience, and the rest of the state as it was before.
-        self._thread = ThreadPoolExecutor(1, "rollouts")
-        self._pending: Future[Experience] | None = None
+        self._pending: Background | None = None
         self._before_pending: dict[str, Any] = {}
 
     def next(self, step: int, prompts_per_step: int, num_generations: int, more: bool) -> Experience:
@@ -72,14 +71,20 @@ class Collector:
         if more:
             self.sync()
             self._before_pending = self._drawn()
-            self._pending = self._thread.submit(self._collect, step + 1, prompts_per_step, num_generations)
+            self._pending = Background(self._collect, step + 1, prompts_per_step, num_generations)
         return experience
 
     def sync(self, weights: Callable[[str], np.ndarray] | None = None) -> None:
         """Generate with these weights from now on, by default with the policy's; what is being generated ends first."""
         if self._pending:
-            wait([self._pending])
+            self._pending.error()
         self.generator.sync(weights)
+
+    def find_stop_ids(self) -> None:
+        """What ends an answer, or a turn: the policy's own tokens, the config's and the environment's."""
+        turn_ends = stop_texts(self.make_environment) if self.make_environment else ()
+        ids = self.policy.stop_ids([*self.config.rollout.sampling.stop, *turn_ends])
+        self.generator.stop_ids = np.array(sorted(ids), np.int32)
 
     def _collect(self, step: int, prompts_per_step: int, num_generations: int) -> Experience:
         """`step` and the config's seed key the sampling."""
@@ -126,6 +131,8 @@ class Collector:
         return [answers[i : i + count] for i in range(0, len(answers), count)]
 
     def _rewarded(self, prompts: Sequence[Prompt], answers: Sequence[Rollout], max_tokens: int) -> list[Rollout]:
+        if not answers:
+            return []
         totals, parts = self.rewards(prompts, self.texts(answers)) if self.rewards else (np.zeros(len(answers)), {})
         config, rewarded = self.config.algorithm, []
         for i, answer in enumerate(answers):
@@ -152,7 +159,14 @@ class Collector:
 
     def _is_informative(self, group: Sequence[Rollout]) -> bool:
         """By the first part, whose values dynamic sampling takes to lie in [0, 1]."""
-        return keep_group(np.array([rollout.reward_parts[self.first_part] for rollout in group]))
+        scores = np.array([rollout.reward_parts[self.first_part] for rollout in group])
+        if not ((scores >= 0) & (scores <= 1)).all():
+            wrong = scores[(scores < 0) | (scores > 1)][0]
+            raise UserError(
+                f"algorithm.dynamic_sampling: takes the first reward to lie in [0, 1], and {self.first_part} gave "
+                f"{wrong:g}; put one that does first, or switch it off"
+            )
+        return keep_group(scores)
 
     @property
     def first_part(self) -> str:
@@ -168,7 +182,7 @@ class Collector:
         on yet."""
         if self._pending is None:
             return self._drawn()
-        if self._pending.exception():  # which is raised where the experience is asked for
+        if self._pending.error():  # which is raised where the experience is asked for
             return self._before_pending
         rollouts, metrics = self._pending.result()
         return self._drawn() | {"pending": [[rollout.state() for rollout in rollouts], metrics]}
@@ -184,8 +198,8 @@ class Collector:
             self.partial.load_state(state["partial"], self.prompts)
         if "pending" in state:
             rollouts, metrics = state["pending"]
-            self._pending = Future()
-            self._pending.set_result(Experience([Rollout.from_state(rollout) for rollout in rollouts], metrics))
+            experience = Experience([Rollout.from_state(rollout) for rollout in rollouts], metrics)
+            self._pending = Background(lambda: experience)
 
 
 def describe_all(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -51,7 +51,10 @@ def assign(
     coef = kl_coef if algorithm.kl_in_reward else 0.0
     per_token = []
     for total, rollout, old, ref in zip(totals, rollouts, scores.old, scores.ref, strict=True):
-        earned = _earned(rollout, len(old)) if algorithm.row.needs in ("nothing", "critic") else np.zeros(len(old))
+        earned = np.zeros(len(old))
+        if algorithm.row.needs in ("nothing", "critic"):
+            # Where the clip acts it shrinks what was earned too, else the last token would pay for the difference.
+            earned = _earned(rollout, len(old)) * min(1.0, config.reward_clip / max(abs(rollout.reward), 1e-12))
         rest = total - earned.sum()
         per_token.append(earned + token_rewards(rest, old, ref, coef, algorithm.kl_estimator, clip=np.inf))
     lam = algorithm.gae_lambda if algorithm.row.needs == "critic" else 1.0

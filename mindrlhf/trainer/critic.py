@@ -11,7 +11,7 @@ from mindrlhf.config import CriticConfig, OptimizerConfig
 from mindrlhf.errors import UserError
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.models.hf import SCORE, expected_shapes, read_tensor_file, write_tensor_file
-from mindrlhf.trainer.roles import Policy, check_vocabulary, open_checkpoint
+from mindrlhf.trainer.roles import Policy, check_same_tokens, check_vocabulary, open_checkpoint
 from mindrlhf.types import ActorCriticBatch, PackedRows, PolicyBatch, ValueBatch
 from mindrlhf.wrapper.policy_objectives import TrunkValues, ValueHead, ValueObjective
 from mindrlhf.wrapper.scorer import POSITION_FIELDS, ScoreHead, over
@@ -28,6 +28,7 @@ class OwnCritic:
         if model is None and config.model:
             model = open_checkpoint(config.model, head="score")
             check_vocabulary(policy.tokenizer, model.decoder.config, f"critic.model: {config.model}")
+            check_same_tokens(policy.tokenizer, model.tokenizer, f"critic.model: {config.model}")
             theirs, ours = model.decoder.config.max_positions, policy.decoder.config.max_positions
             if theirs < ours:
                 raise UserError(f"critic.model: {config.model} has {theirs} positions, the policy {ours}; take another")
@@ -64,19 +65,20 @@ class OwnCritic:
         """Optimizer tensors by name."""
         return self.train_step.state()
 
-    def load_state(self, read: Callable[[str], np.ndarray], updates: int) -> None:
-        self.train_step.load_state(read, updates)
+    def load_state(self, read: Callable[[str], np.ndarray], updates: int, skipped: int) -> None:
+        self.train_step.load_state(read, updates, skipped)
 
     @property
-    def updates(self) -> int:
-        return self.train_step.updates
+    def counts(self) -> tuple[int, int]:
+        """Optimizer steps taken and skipped."""
+        return self.train_step.updates, self.train_step.skipped
 
 
 class TrunkCritic:
     """A value head on the policy's hidden states, trained in the policy's graph and by its optimizer."""
 
     policy_batch, batch = ActorCriticBatch, None
-    updates = 0  # of an optimizer of its own, which it has not
+    counts = (0, 0)  # of an optimizer of its own, which it has not
     FILE = "value_head.safetensors"
 
     def __init__(self, policy: Policy):
@@ -103,7 +105,7 @@ class TrunkCritic:
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         return iter(())
 
-    def load_state(self, read: Callable[[str], np.ndarray], updates: int) -> None:
+    def load_state(self, read: Callable[[str], np.ndarray], updates: int, skipped: int) -> None:
         """Its moments are the policy's."""
 
 

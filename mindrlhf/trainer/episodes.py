@@ -15,7 +15,7 @@ from mindrlhf.data.tokenizers import encode
 from mindrlhf.environments import open_environment, take_turn
 from mindrlhf.errors import UserError
 from mindrlhf.types import Prompt, Rollout
-from mindrlhf.wrapper.generator import Continuation, Generator, answer_key
+from mindrlhf.wrapper.generator import Continuation, Generator, answer_key, first_samples
 
 
 @dataclass
@@ -41,6 +41,15 @@ class Episode:
 
     def end(self, finished: bool) -> None:
         self.ended, self.finished = True, finished
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "response": list(self.response),
+            "logprobs": list(self.logprobs),
+            "ended": self.ended,
+            "finished": self.finished,
+        }
 
     def rollout(self) -> Rollout:
         """sampled and token_rewards are None without an environment."""
@@ -77,8 +86,8 @@ def play(
     Raises UserError for mistakes of the environment, and what Generator.generate raises.
     """
     episodes = []
-    for group, prompt in enumerate(prompts):
-        for sample in range(count):
+    for group, (prompt, first) in enumerate(zip(prompts, first_samples(prompts, count), strict=True)):
+        for sample in range(first, first + count):
             environment, text = open_environment(make_environment, prompt)
             ids = np.concatenate([prompt.ids, *encode(tokenizer, [text] if text else [])])
             if len(ids) > generator.max_prompt_tokens:
@@ -149,8 +158,8 @@ class PartialRollouts:
         A returned rollout's group is its place in the returned list; there may be none. Raises what
         Generator.generate raises.
         """
-        for prompt in prompts:
-            keys = (answer_key(seed, prompt.key, sample) for sample in range(count))
+        for prompt, first in zip(prompts, first_samples(prompts, count), strict=True):
+            keys = (answer_key(seed, prompt.key, sample) for sample in range(first, first + count))
             self.groups.append((prompt, [Episode(prompt.ids, key, 0) for key in keys]))
         going_on = [episode for _, group in self.groups for episode in group if not episode.ended]
         for episode, _ in _extend(generator, going_on, sampling, self.partial_tokens):
@@ -165,14 +174,9 @@ class PartialRollouts:
         return [(prompt, [episode.rollout() for episode in group]) for prompt, group in complete]
 
     def state(self) -> list[dict[str, Any]]:
-        """The unfinished groups, for JSON; prompts by their key."""
-        names = ("key", "response", "logprobs", "ended", "finished")
+        """The unfinished groups, for JSON; prompts by their key. Of now: an episode's lists grow in place."""
         return [
-            {
-                "prompt": prompt.key,
-                "answers": [{name: getattr(episode, name) for name in names} for episode in group],
-            }
-            for prompt, group in self.groups
+            {"prompt": prompt.key, "answers": [episode.state() for episode in group]} for prompt, group in self.groups
         ]
 
     def load_state(self, state: list[dict[str, Any]], prompts: Sequence[Prompt]) -> None:

@@ -61,7 +61,7 @@ class GRPOTrainer(OnlineTrainer):
             policy = described_policy(sft_model_config_train, tokenizer, config.seed, "sft_model_config_train")
         super().__init__(config, policy, rewards)
         self.prompt_dataset = PromptBatches(len(self.prompts), config.rollout.prompts_per_step)
-        if policy is not None and self.algorithm.kl_coef:
+        if policy is not None and self.needs_reference:
             self.scorer = described_reference(ref_model_config, policy, self.algorithm.loss.temperature)
 
 

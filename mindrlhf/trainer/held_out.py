@@ -19,7 +19,7 @@ def evaluate_greedy(collector: Collector, prompts: Sequence[Prompt]) -> tuple[di
     answers = _answers(collector, prompts, 1, _at(collector, 0.0))
     values = {name: mean([r.reward_parts[name] for r in answers]) for name in answers[0].reward_parts}
     if len(values) > 1:
-        values["reward"] = mean([r.reward for r in answers])
+        values.setdefault("reward", mean([r.reward for r in answers]))
     return values, answers
 
 
@@ -34,7 +34,8 @@ def evaluate_sampled(collector: Collector, prompts: Sequence[Prompt]) -> dict[st
 def evaluate_kl(collector: Collector, prompts: Sequence[Prompt], ref: Scorer, kl_coef: float) -> dict[str, float]:
     """Over one answer a prompt, sampled as in training: its reward, its KL to the reference and what is left of it.
 
-    The KL is in nats an answer, the sum over its tokens of policy - ref log-probs, whose mean is without bias.
+    The KL is in nats an answer, the sum over its tokens of policy - ref log-probs, whose mean is without bias where
+    top-k, top-p and min-p are off.
     """
     answers = _answers(collector, prompts, 1, collector.config.rollout.sampling)
     packing = pack(answers, collector.config)

@@ -13,7 +13,7 @@ from mindrlhf.models.decoder import Decoder
 from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import Source
 from mindrlhf.trainer.best import Best
-from mindrlhf.trainer.roles import Policy, open_checkpoint
+from mindrlhf.trainer.roles import Policy, check_same_tokens, open_checkpoint
 from mindrlhf.utils.checkpoint import Checkpoints
 from mindrlhf.utils.logging import RunLog
 from mindrlhf.utils.progress import Progress
@@ -23,7 +23,7 @@ from mindrlhf.wrapper.train_step import TrainStep
 # What may differ between the run that saved a checkpoint and the one that resumes it.
 RESUMABLE = ("output", "logging.", "trainer.steps", "trainer.epochs", "trainer.save_every", "trainer.evaluate_every",
              "trainer.keep_checkpoints", "trainer.best", "trainer.best_is", "trainer.patience",
-             "trainer.resume")  # fmt: skip
+             "trainer.resume", "rewards[].urls", "rewards[].timeout", "rewards[].retries")  # fmt: skip
 
 
 class Trainer(ABC):
@@ -76,7 +76,9 @@ class Trainer(ABC):
         directory = model.reference or (str(first) if first.is_dir() else model.path)
         if not directory:
             raise UserError(f"{first}: is gone, and with it the reference policy; start anew with another output=")
-        reference = open_checkpoint(directory, head="logits").decoder
+        opened = open_checkpoint(directory, head="logits")
+        check_same_tokens(self.policy.tokenizer, opened.tokenizer, f"model.reference: {directory}")
+        reference = opened.decoder
         if reference.lora:  # merged, as a fresh run has it, to the bit
             reference = Decoder(reference.config, reference.weights)
         for name, theirs, least in (
@@ -210,7 +212,7 @@ class Trainer(ABC):
         if rows:
             log.completions(self.step, rows)
         evaluated = bool(config.evaluate_every) and self.step % config.evaluate_every == 0
-        values = self.evaluate() if evaluated else {}
+        values = self._evaluated() if evaluated else {}
         metrics |= {f"eval/{name}": value for name, value in values.items()}
         log.log(self.step, metrics)
         progress.update(metrics)
@@ -220,11 +222,20 @@ class Trainer(ABC):
             self._save()
 
     def _evaluate(self, log: RunLog) -> dict[str, float]:
-        values = self.evaluate()
+        values = self._evaluated()
         if values:
             log.log(self.step, {f"eval/{name}": value for name, value in values.items()})
         self._judge(values)
         return values
+
+    def _evaluated(self) -> dict[str, float]:
+        """What `evaluate` says; a reward function that fails in it costs nothing of what was trained."""
+        try:
+            return self.evaluate()
+        except UserError as error:
+            if self.step == 0:
+                raise
+            raise UserError(f"{error}; stopped at step {self.step}, saved {self._save()}") from error
 
     # -- the best checkpoint ----------------------------------------------------------------------------------------
 

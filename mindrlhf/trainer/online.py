@@ -55,13 +55,15 @@ class OnlineTrainer(Trainer):
         self.prompts, self.held_out = self._read(config.data.train), self._read(config.data.test)
         if not len(self.prompts):
             raise UserError("data.train: no file is named; online training needs prompts")
+        self.pretraining = _pretraining(config, self.policy)  # first: its rows may bring a stop token
         self.collector = Collector(config, self.algorithm, self.policy, self.prompts, rewards)
-        self.pretraining = _pretraining(config, self.policy)
         auxiliary = self.pretraining and self.pretraining.objective
         self.train_step = TrainStep(
             self.make_objective(), self.trained_parameters(), config.optimizer, auxiliary=auxiliary
         )
         decay = config.algorithm.ema_decay
+        if decay and self.policy.decoder.lora:
+            raise UserError("algorithm.ema_decay: must be 0 with adapters: the average is of whole weights")
         self.average = WeightAverage(self.policy.trainable, decay) if decay else None
         self.scorer: Scorer | None = None  # of the reference policy, where there is a KL to it
         self.old_scorer = Scorer(self.policy.decoder, self.algorithm.loss.temperature)
@@ -151,6 +153,9 @@ class OnlineTrainer(Trainer):
     def _score(self, parts: Sequence[list[Rollout]], packings: Sequence[Packing]) -> Scores:
         """Without rescoring, what generation saw is what the policy was: on one engine they are the same. Without a
         reference the KL has weight 0 and its field holds the old log-probs."""
+        if self.needs_reference and self.scorer is None:  # a program's own loop: nobody has called `prepare`
+            decoder = self.policy.decoder
+            self.scorer = Scorer(Decoder(decoder.config, decoder.weights), self.algorithm.loss.temperature)
         scores = Scores([], [], [], [])
         for part, packing in zip(parts, packings, strict=True):
             sampled = [rollout.sampled_logprobs[rollout.is_sampled] for rollout in part]
@@ -175,7 +180,7 @@ class OnlineTrainer(Trainer):
         the shift measured there is the difference between generation and training.
         """
         config = self.config.algorithm
-        rate = self.rate(config.learning_rate)
+        rate = self.rate(config.learning_rate, self.first_policy_step)
         results = []
         for _ in range(config.epochs_per_rollout):
             for update in dataset:
@@ -184,17 +189,18 @@ class OnlineTrainer(Trainer):
                     self.average.update()
         train_step.release()
         self.step += 1
-        if config.kl_target and self.scorer and self.rollouts:
+        if config.kl_target and self.scorer and any(results):
             kl = self.experience["kl_per_answer"]
             self.kl_coef = adaptive_kl_coef(self.kl_coef, kl, config.kl_target, config.kl_horizon, len(self.rollouts))
         return self.describe_training([result for result in results if result], rate)
 
-    def rate(self, peak: float) -> float:
-        """This step's learning rate."""
+    first_policy_step = 0  # of those that train the policy
+
+    def rate(self, peak: float, first: int = 0) -> float:
+        """This step's learning rate, of a schedule that begins at step `first`."""
         config = self.config.algorithm
-        return learning_rate(
-            self.step, self.total_steps(), peak, config.schedule, config.warmup_steps, config.min_learning_rate_ratio
-        )
+        step, total = max(self.step - first, 0), max(self.total_steps() - first, 1)
+        return learning_rate(step, total, peak, config.schedule, config.warmup_steps, config.min_learning_rate_ratio)
 
     def describe_training(self, results: list[StepResult], rate: float) -> dict[str, float]:
         """Metrics of a step's updates of the policy."""
@@ -229,7 +235,7 @@ class OnlineTrainer(Trainer):
 
     def total_steps(self) -> int:
         trainer = self.config.trainer
-        return trainer.steps or trainer.epochs * len(self.prompts) // self.config.rollout.prompts_per_step
+        return trainer.steps or max(trainer.epochs * len(self.prompts) // self.config.rollout.prompts_per_step, 1)
 
     def prepare(self, log: RunLog) -> None:
         if self.config.warmup.steps:
@@ -240,6 +246,7 @@ class OnlineTrainer(Trainer):
 
     def warmed_up(self) -> None:
         """The policy is as online training begins with it; what copies it does so now."""
+        self.collector.find_stop_ids()  # the warm-up's rows may have brought one
         if self.average:
             self.average.restart()
 
@@ -317,8 +324,12 @@ class OnlineTrainer(Trainer):
         self.kl_coef = state["kl_coef"]
         if self.pretraining:
             self.pretraining.load_state(state["pretraining"])
-        if self.needs_reference:
+        if self.needs_reference and self.scorer is None:
             self.scorer = self._reference_scorer(fresh=False)
+
+    def load(self, directory: Path) -> None:
+        super().load(directory)
+        self.collector.find_stop_ids()
 
     def write(self, directory: Path) -> None:
         super().write(directory)

@@ -69,6 +69,8 @@ class PPOTrainer(OnlineTrainer):
             if ref_model_config is not None:
                 check_same("sft_model_config", sft_model_config, "ref_model_config", ref_model_config)
             policy = described_policy(sft_model_config, tokenizer, config.seed, "sft_model_config")
+            if critic_model_config is not None and (config.critic.shared_trunk or config.critic.model):
+                raise UserError("PPOTrainer: critic_model_config: the config's critic section says otherwise; give one")
             if critic_model_config is not None:
                 self._critic_model = _scoring(critic_model_config, tokenizer, config.seed, "critic_model_config")
             if rm_model_config is not None and rewards:
@@ -99,6 +101,10 @@ class PPOTrainer(OnlineTrainer):
         own = [self.critic.head.weight] if isinstance(self.critic, TrunkCritic) else []
         return [*super().trained_parameters(), *own]
 
+    @property
+    def first_policy_step(self) -> int:
+        return self.config.critic.warmup_steps
+
     def warmed_up(self) -> None:
         super().warmed_up()
         self.critic.start(self.policy)
@@ -128,6 +134,7 @@ class PPOTrainer(OnlineTrainer):
         if not self._critic_results:  # on a shared trunk the policy's step has trained it
             return metrics
         return metrics | {
+            "critic/skipped_updates": self.critic.train_step.skipped,
             "critic/loss": mean([result.loss for result in self._critic_results]),
             "critic/gradient_norm": mean([result.gradient_norm for result in self._critic_results]),
             **value_metrics([result.metrics for result in self._critic_results]),
@@ -143,7 +150,7 @@ class PPOTrainer(OnlineTrainer):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"critic_updates": self.critic.updates}
+        return super().state() | {"critic": self.critic.counts}
 
     def write(self, directory: Path) -> None:
         super().write(directory)
@@ -159,7 +166,7 @@ class PPOTrainer(OnlineTrainer):
 
     def load_tensors(self, read: Callable[[str], np.ndarray], state: dict[str, Any]) -> None:
         super().load_tensors(read, state)
-        self.critic.load_state(lambda name: read(f"critic.{name}"), state["critic_updates"])
+        self.critic.load_state(lambda name: read(f"critic.{name}"), *state["critic"])
 
 
 def value_metrics(sums: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -204,6 +211,14 @@ def _check(config: PPOConfig) -> None:
     row, critic = ALGORITHMS.get(config.algorithm.name), config.critic
     if row and row.needs != "critic":
         raise UserError(f"algorithm.name: {config.algorithm.name} has no critic; take `mindrlhf grpo` or GRPOTrainer")
+    for name, good, range_ in (
+        ("learning_rate", critic.learning_rate > 0, "over 0"),
+        ("coef", critic.coef > 0, "over 0"),
+        ("value_clip", critic.value_clip >= 0, "0 (off) or more"),
+        ("warmup_steps", critic.warmup_steps >= 0, "0 (none) or more"),
+    ):
+        if not good:
+            raise UserError(f"critic.{name}: {getattr(critic, name)} must be {range_}")
     if critic.shared_trunk and critic.model:
         raise UserError("critic.model: a shared trunk is the policy's; remove it, or set critic.shared_trunk: false")
     if critic.shared_trunk and critic.warmup_steps:

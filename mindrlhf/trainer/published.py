@@ -67,11 +67,10 @@ def check_same(name: str, model_config: Any, other_name: str, other: Any) -> Non
             )
 
 
-def described_reference(ref_model_config: Any, policy: Policy, temperature: float) -> Scorer:
-    """The checkpoint that the reference's configuration names, or the policy as it is now."""
+def described_reference(ref_model_config: Any, policy: Policy, temperature: float) -> Scorer | None:
+    """Of the checkpoint that the reference's configuration names; None: it is the policy as training begins."""
     config, checkpoint = policy.decoder.config, checkpoint_of(ref_model_config)
-    weights = checkpoint_weights(checkpoint, config) if checkpoint else policy.decoder.weights
-    return Scorer(Decoder(config, weights), temperature)
+    return Scorer(Decoder(config, checkpoint_weights(checkpoint, config)), temperature) if checkpoint else None
 
 
 def refuse_without_model(trainer: str, model: str, **given: Any) -> None:

@@ -149,9 +149,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         queue = self.server.queue
         try:
-            self._authorise()
-            if self.path not in PATHS:
-                raise Refusal(HTTPStatus.NOT_FOUND, f"no {self.path:.60}; POST to / or /get_reward")
+            self._check_address()
             request = read_request(self._body())
             queue.submit(request)
         except Refusal as refusal:
@@ -193,12 +191,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _authorise(self) -> None:
-        if not self.server.token:
-            return
+    def _check_address(self) -> None:
+        """Token and path. Raises Refusal."""
         given = self.headers.get("Authorization", "").encode("utf-8", "replace")
-        if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
+        token = self.server.token
+        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            self._discard()
             raise Refusal(HTTPStatus.UNAUTHORIZED, "wants the header Authorization: Bearer and the server's token")
+        if self.path not in PATHS:
+            self._discard()
+            raise Refusal(HTTPStatus.NOT_FOUND, f"no {self.path:.60}; POST to / or /get_reward")
 
     def _body(self) -> bytes:
         """Raises Refusal for one of unknown or too large size, or too slow, and OSError where the client goes away."""
@@ -222,7 +224,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _discard(self) -> None:
         """What a client is still sending: were it cut off, it would see that instead of the answer."""
-        missing, deadline = int(self.headers["Content-Length"][:18]), time.monotonic() + DISCARD_SECONDS
+        length, deadline = self.headers.get("Content-Length", ""), time.monotonic() + DISCARD_SECONDS
+        missing = int(length[:18]) if length.isascii() and length.isdigit() else 0
         while missing and time.monotonic() < deadline:
             missing -= len(self.rfile.read1(min(missing, 1 << 16))) or missing
 

@@ -13,7 +13,7 @@ from mindrlhf.data.tokenizers import build_tokenizer, load_tokenizer, stop_ids
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.decoder import Decoder, Weights, random_weights
-from mindrlhf.models.hf import Source, check_names, expected_shapes
+from mindrlhf.models.hf import Source, check_names, expected_shapes, read_generation_config
 from mindrlhf.models.lora import Lora, check_layers, random_adapter
 from mindrlhf.models.model_directory import ModelDirectory, tensors_of
 from mindrlhf.models.peft import is_adapter, read_adapter, write_adapter
@@ -48,8 +48,9 @@ class Policy:
         self.tokenizer.save_pretrained(str(directory))
 
     def load(self, directory: Path) -> None:
-        """The weights that `write` wrote, in place. Raises UserError."""
+        """What `write` wrote: the weights, in place, and the tokens that end an answer. Raises UserError."""
         decoder = self.decoder
+        self.generation_config = read_generation_config(directory) or self.generation_config
         if decoder.lora:
             decoder.load_adapter(read_adapter(directory, decoder.config).tensors.__getitem__)
         else:
@@ -149,6 +150,17 @@ def build(config: BuildConfig, seed: int, head: str = "logits") -> Policy:
     decoder_config = replace(decoder_config, head=head)
     generation_config = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return Policy(Decoder(decoder_config, random_weights(decoder_config, seed)), tokenizer, generation_config)
+
+
+def check_same_tokens(ours: Any, theirs: Any, where: str) -> None:
+    """Raises UserError where two tokenizers mean different tokens by one id. Either may have more of them."""
+    known = {number: token for token, number in ours.get_vocab().items()}
+    for token, number in theirs.get_vocab().items():
+        if known.get(number, token) != token:
+            raise UserError(
+                f"{where}: token {number} is {token!r} there and {known[number]!r} for the policy; take a model "
+                "with the policy's tokenizer"
+            )
 
 
 def check_vocabulary(tokenizer: Any, config: DecoderConfig, where: str | Path) -> None:

@@ -6,7 +6,7 @@ from the decode graph too, fed with the prompt's last token, so every sampled to
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -90,6 +90,16 @@ class Continuation:
 def answer_key(seed: int, prompt_key: int, sample: int) -> int:
     """uint64: what keys an answer's draws, the t-th with mix(key, t)."""
     return int(mix(seed, prompt_key, sample))
+
+
+def first_samples(prompts: Sequence[Prompt], count: int) -> list[int]:
+    """Number of each prompt's first sample: one that comes twice in a call gets other answers the second time."""
+    seen: Counter[int] = Counter()
+    first = []
+    for prompt in prompts:
+        first.append(seen[prompt.key] * count)
+        seen[prompt.key] += 1
+    return first
 
 
 @dataclass
@@ -228,6 +238,7 @@ class _Call:
         self.num_generations, self.on_token, self.continuations = num_generations, on_token, continuations
         slots, vocabulary = generator.slots, generator.policy.config.vocab_size
         self.cell = generator._decode_cell(sampling)
+        self.first = first_samples(prompts, num_generations)
         self.waiting_prompts = deque(range(len(prompts)))
         self.waiting: deque[_Task] = deque()
         self.cached = ()  # keys and values of the prompts that self.waiting stands on
@@ -303,7 +314,8 @@ class _Call:
             if self.continuations:
                 going_on = self.continuations[task.prompt]
             else:
-                going_on = Continuation(answer_key(self.seed, prompt.key, task.sample), 0, self.sampling.max_tokens)
+                sample = self.first[task.prompt] + task.sample
+                going_on = Continuation(answer_key(self.seed, prompt.key, sample), 0, self.sampling.max_tokens)
             self.key[slot], self.offset[slot], self.limit[slot] = going_on.key, going_on.offset, going_on.limit
             if "penalty" in self.cell.features:
                 self.seen[slot] = 0

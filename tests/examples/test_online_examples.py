@@ -105,7 +105,8 @@ def test_ppo_learns_and_its_critic_explains_the_returns(place):
     run(place, sys.executable, "-m", "mindrlhf", "ppo", "--config", "examples/ppo/arithmetic.yaml",
         "logging.progress=false")  # fmt: skip
     summary = json.loads((place / "runs/ppo/summary.json").read_text())
-    assert summary["after"]["accuracy"] >= 0.9 > summary["before"]["accuracy"] + 0.3
+    assert summary["before"]["accuracy"] < 0.6
+    assert summary["after"]["accuracy"] > 0.88
     lines = map(json.loads, (place / "runs/ppo/metrics.jsonl").read_text().splitlines())
     explained = [line["critic/explained_variance"] for line in lines if "critic/explained_variance" in line]
     assert sum(explained[-10:]) / 10 > 0.5
@@ -119,7 +120,7 @@ def test_rlhf_raises_the_score_and_the_true_accuracy(place):
     before, after = summary["before"], summary["after"]
     assert after["reward_model"] > before["reward_model"] + 1
     assert after["accuracy"] > before["accuracy"] + 0.3
-    assert after["pass@1"] > before["pass@1"] + 0.05
+    assert after["pass@1"] > before["pass@1"] + 0.1
     assert abs(before["kl"]) < 1e-3
     assert 0.3 < after["kl"] < 5
     table = first[first.index(" SFT ") :]

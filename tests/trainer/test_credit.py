@@ -133,6 +133,16 @@ def test_an_environments_rewards_stand_where_they_were_earned():
     assert firsts(credit([answer, answer], three, name="dr_grpo", num_generations=2)) == [0, 0]
 
 
+def test_the_clip_shrinks_what_was_earned():
+    """And does not let the last token pay for the difference."""
+    earned = np.array([15.0, 0, 0], np.float32)
+    answer = Rollout(
+        np.zeros(1, np.int32), np.zeros(3, np.int32), np.zeros(3, np.float32), True, 0, 15.0, {}, None, earned
+    )
+    result = credit([answer], Scores(*([np.zeros(3, np.float32)] for _ in Scores._fields)), name="reinforce")
+    np.testing.assert_allclose(result.advantages[0], [10, 0, 0], atol=1e-6)
+
+
 def test_a_mismatch_is_measured_and_corrected():
     random = np.random.default_rng(1)
     old = [random.uniform(-3, -1, n).astype(np.float32) for n in LENGTHS]
@@ -170,6 +180,9 @@ def test_stale_answers_are_rescored_and_corrected():
     [
         ({"name": "grp"}, "algorithm.name: 'grp' is unknown; there are ppo, reinforce"),
         ({"policy_loss": "clip"}, "algorithm.policy_loss: 'clip' is unknown; there are ppo, gspo"),
+        ({"kl_coef": -0.1}, "algorithm.kl_coef: -0.1 must be 0"),
+        ({"eps_low": -0.2}, "algorithm.eps_low: -0.2 must be 0 or more"),
+        ({"dual_clip": 0.5}, r"algorithm.dual_clip: 0.5 must be 0 \(off\) or over 1"),
         ({"kl_target": 6.0}, "algorithm.kl_target: the controller steers a KL in the reward"),
     ],
 )

@@ -422,3 +422,89 @@ def test_unfinished_answers_go_on_in_the_next_step(make_trainer):
     second.fit()
     same_checkpoint(straight.checkpoints.path(5), second.checkpoints.path(5))
     assert metrics_of(straight) == metrics_of(second)
+
+
+def test_unfinished_answers_survive_a_reward_that_fails(make_trainer):
+    """The state that is saved is of before the step, whatever the step has done to the answers since."""
+    options = {"rollout__partial_tokens": 3, "rollout__slots": 16, "trainer__steps": 5, "algorithm__kl_coef": 0}
+    straight = make_trainer(output="straight", **options)
+    straight.fit()
+    calls = []
+
+    def fails_once(completions, **columns):
+        calls.append(max(map(len, completions)))  # it is not called without answers
+        if len(calls) == 2:
+            raise KeyError("lost")
+        return letter_reward(completions)
+
+    with pytest.raises(UserError, match="KeyError"):
+        make_trainer(fails_once, output="resumed", **options).fit()
+    resumed = make_trainer(output="resumed", **options)
+    resumed.fit()
+    same_checkpoint(straight.checkpoints.path(5), resumed.checkpoints.path(5))
+
+
+def test_a_reward_that_fails_in_an_evaluation_stops_after_saving(make_trainer):
+    calls = []
+
+    def fails_at_the_end(completions, **columns):
+        calls.append(len(completions))
+        if len(calls) == 6:
+            raise KeyError("lost")
+        return letter_reward(completions)
+
+    options = {"algorithm__kl_coef": 0, "data__test": "[{path: PROBLEMS}]"}
+    with pytest.raises(UserError, match=r"KeyError.*stopped at step 4, saved .*step-000004"):
+        make_trainer(fails_at_the_end, **options).fit()
+    resumed = make_trainer(**options)
+    assert resumed.fit()["steps"] == 4
+
+
+def test_a_loop_of_ones_own_has_a_reference(make_trainer):
+    """Nobody calls `prepare`; and what a program has set stays where a run goes on."""
+    trainer = make_trainer(algorithm__kl_coef=0.5)
+    for _ in range(2):
+        trainer.run_step()
+    assert "kl" in trainer.run_step()[0] and abs(trainer.experience["kl_per_answer"]) > 1e-4
+    own = trainer.scorer
+    trainer.load_state(trainer.state())
+    assert trainer.scorer is own
+
+
+def test_dynamic_sampling_refuses_rewards_that_are_no_shares(make_trainer):
+    trainer = make_trainer(lambda completions, **columns: [2.0] * len(completions), algorithm__dynamic_sampling="true")
+    with pytest.raises(UserError, match=r"takes the first reward to lie in \[0, 1\], and <lambda> gave 2"):
+        trainer.make_experience()
+
+
+def test_a_stop_token_of_the_warm_ups_rows_ends_answers(make_trainer):
+    trainer = make_trainer(algorithm__kl_coef=0)
+    trainer.policy.add_stop_ids([7])
+    trainer.warmed_up()
+    assert 7 in trainer.collector.generator.stop_ids
+    trainer.save_checkpoint()
+    resumed = make_trainer(algorithm__kl_coef=0)
+    resumed.load(trainer.checkpoints.path(0))
+    assert 7 in resumed.collector.generator.stop_ids
+
+
+def test_the_place_of_a_server_may_change_between_runs(make_trainer):
+    from mindrlhf.config import config_to_yaml, difference
+    from mindrlhf.trainer.loop import RESUMABLE
+
+    here = make_trainer(None).config
+    texts = []
+    for urls, weight in ((["http://a"], 1.0), (["http://b"], 1.0), (["http://b"], 2.0)):
+        here.rewards[0].urls, here.rewards[0].weight = urls, weight
+        texts.append(config_to_yaml(here))
+    assert difference(texts[0], texts[1], RESUMABLE) == ""
+    assert difference(texts[0], texts[2], RESUMABLE) == "rewards[0].weight: 1.0 there, 2.0 here"
+
+
+def test_averages_are_not_of_adapters(make_trainer):
+    base = make_trainer(output="base", trainer__steps=1, algorithm__kl_coef=0).fit()["checkpoint"]
+    options = {"model__path": base, "model__lora__rank": 2, "algorithm__kl_coef": 0}
+    adapter = make_trainer(output="lora", trainer__steps=1, **options).fit()["checkpoint"]
+    for path in ({"model__path": adapter}, options):
+        with pytest.raises(UserError, match="algorithm.ema_decay"):
+            make_trainer(**{"output": "other", "algorithm__ema_decay": 0.5, "algorithm__kl_coef": 0, **path})

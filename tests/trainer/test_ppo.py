@@ -86,6 +86,30 @@ def test_the_critics_warm_up_leaves_the_policy_alone(make_ppo):
     assert (policy.weights(name) != policy_before).any() and (critic.weights(name) != critic_before).any()
 
 
+def test_schedule_and_controller_begin_behind_the_critics_warm_up(make_ppo):
+    """The policy's rate rises from its own first step, and a coefficient does not fall while there is nothing to pay."""
+    trainer = make_ppo(
+        critic__warmup_steps=2, algorithm__warmup_steps=2, algorithm__kl_target=1.0, algorithm__kl_horizon=40,
+        algorithm__learning_rate=1e-3,
+    )  # fmt: skip
+    trainer.prepare(None)
+    lines = [trainer.run_step()[0] for _ in range(4)]
+    assert [line["learning_rate"] for line in lines[2:]] == pytest.approx([5e-4, 1e-3])
+    assert lines[0]["kl_coef"] == lines[1]["kl_coef"] == lines[2]["kl_coef"] != lines[3]["kl_coef"]
+
+
+def test_a_critic_of_another_tokenizer_is_refused(make_ppo, make_stage, problems, tmp_path):
+    from mindrlhf.config import BuildConfig
+    from mindrlhf.trainer.roles import build
+    from tests.trainer.conftest import DECODER
+
+    text = tmp_path / "other.txt"
+    text.write_text("something else entirely, said in other words and letters, and again in other words " * 9)
+    build(BuildConfig(DECODER, 270, [str(text)]), 0, "score").write(tmp_path / "other")
+    with pytest.raises(UserError, match=r"critic.model: .*token \d+ is .* there and .* for the policy"):
+        make_ppo(critic__model=str(tmp_path / "other"))
+
+
 def test_the_critic_begins_as_the_warmed_up_policy(make_ppo):
     trainer = make_ppo(**{key: value for key, value in EVERYTHING.items() if "warmup" in key})
     cold = trainer.critic.model.decoder.weights("model.norm.weight").copy()
@@ -154,6 +178,7 @@ def test_an_unfinished_answer_pays(make_ppo):
         ({"algorithm__name": "grpo"}, "algorithm.name: grpo has no critic; take `mindrlhf grpo`"),
         ({"critic__shared_trunk": "true", "critic__warmup_steps": 2}, "critic.warmup_steps: on a shared trunk"),
         ({"critic__shared_trunk": "true", "critic__model": "/x"}, "critic.model: a shared trunk is the policy's"),
+        ({"critic__value_clip": -1}, r"critic.value_clip: -1.0 must be 0 \(off\) or more"),
         ({"critic__model": "/nowhere"}, "/nowhere: no such checkpoint directory"),
         ({"pretraining__coef": 0.5}, "pretraining.train: no file is named"),
         ({"algorithm__ema_decay": 1.0}, "algorithm.ema_decay: 1.0 must be"),
