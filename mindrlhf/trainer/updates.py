@@ -22,8 +22,8 @@ class Update(NamedTuple):
 def chunks(rollouts: Sequence[Rollout], count: int) -> list[list[Rollout]]:
     """Split into at most `count` parts of whole groups, for as many optimizer steps."""
     groups = sorted({rollout.group for rollout in rollouts})
-    parts = np.array_split(groups, min(count, max(len(groups), 1)))
-    return [[r for r in rollouts if r.group in set(part.tolist())] for part in parts if len(part)]
+    parts = [set(part.tolist()) for part in np.array_split(groups, min(count, max(len(groups), 1)))]
+    return [[rollout for rollout in rollouts if rollout.group in part] for part in parts if part]
 
 
 def row_tokens(config: OnlineConfig) -> int:

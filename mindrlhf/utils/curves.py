@@ -94,6 +94,12 @@ def _panels(metrics: list[dict[str, Any]]) -> list[Callable[[Any], None]]:
         (_curve(online, "entropy", "Entropy", "nats per token"), ["entropy"], online),
         (_curve(online, "response_tokens", "Response length", "tokens"), ["response_tokens"], online),
         (_curve(online, "critic/explained_variance", variance, "share"), ["critic/explained_variance"], online),
+        (
+            _curve(online, "eval/sampled_reward", "Held out, reward", "reward per answer"),
+            ["eval/sampled_reward"],
+            online,
+        ),
+        (_curve(online, "eval/kl", "Held out, KL that was paid", "nats per answer"), ["eval/kl"], online),
         (_lines(online, several, "Held out, several answers", "% of problems"), several, online),
         (_curve(online, "turns", "Turns", "turns per answer"), ["turns"], online),
         (_curve(stale, "mismatch_mean", mismatch, "mean difference, nats"), ["mismatch_mean"], stale),

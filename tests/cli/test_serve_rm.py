@@ -211,6 +211,9 @@ def test_full_normalised_and_with_a_token(mindspore, tmp_path, monkeypatch, orac
             status, answer, headers = post(server, b"not even JSON", **token)
             assert status == 401 and "Authorization: Bearer" in answer["error"]
             assert headers["WWW-Authenticate"] == "Bearer"
+        # A large body is read before the answer: else the client would see a broken pipe in its place.
+        status, answer, _ = post(server, b" " * (4 << 20))
+        assert status == 401
         with pytest.raises(UserError, match="HTTP 401 .*; set MINDRLHF_REWARD_TOKEN to the server's token"):
             RemoteReward([local])(["1="], ["1="], [None])
         monkeypatch.setenv("MINDRLHF_REWARD_TOKEN", "secret")

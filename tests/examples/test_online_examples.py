@@ -127,3 +127,14 @@ def test_rlhf_raises_the_score_and_the_true_accuracy(place):
     assert "KL paid, nats an answer" in table
     again = run(place, *script)
     assert again[again.index(" SFT ") :] == table
+
+
+@pytest.mark.slow
+def test_the_agent_learns_to_call_its_calculator(place):
+    run(place, sys.executable, "-m", "mindrlhf", "grpo", "--config", "examples/agent/calculator.yaml",
+        "logging.progress=false")  # fmt: skip
+    summary = json.loads((place / "runs/agent/summary.json").read_text())
+    assert summary["before"]["accuracy"] < 0.2 < 0.6 < summary["after"]["accuracy"]
+    lines = map(json.loads, (place / "runs/agent/metrics.jsonl").read_text().splitlines())
+    turns = [line["turns"] for line in lines if "turns" in line]
+    assert turns[0] < 1.5 and turns[-1] > 1.8

@@ -87,7 +87,7 @@ def test_the_critics_warm_up_leaves_the_policy_alone(make_ppo):
 
 
 def test_schedule_and_controller_begin_behind_the_critics_warm_up(make_ppo):
-    """The policy's rate rises from its own first step, and a coefficient does not fall while there is nothing to pay."""
+    """The policy's rate rises from its own first step; a coefficient does not fall while there is nothing to pay."""
     trainer = make_ppo(
         critic__warmup_steps=2, algorithm__warmup_steps=2, algorithm__kl_target=1.0, algorithm__kl_horizon=40,
         algorithm__learning_rate=1e-3,

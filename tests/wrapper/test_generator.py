@@ -54,6 +54,14 @@ def test_an_answer_is_the_same_in_any_batch_slot_and_order(decoder, generator, m
     assert len({tuple(ids) for ids in whole.values()}) > 20  # samples of a group differ
 
 
+def test_a_prompt_that_comes_twice_gets_other_answers_the_second_time(generator, micro_prompts):
+    sampling = SamplingConfig(max_tokens=20)
+    once = generator.generate(micro_prompts[:1], 4, sampling, 7)
+    twice = generator.generate([micro_prompts[0], micro_prompts[1], micro_prompts[0]], 2, sampling, 7)
+    texts = [rollout.response_ids.tolist() for rollout in once]
+    assert [rollout.response_ids.tolist() for rollout in twice[:2] + twice[4:]] == texts
+
+
 def test_sampled_logprobs_are_those_of_the_scorer(decoder, generator, micro_prompts):
     """Under the sampling temperature, whatever top-k and top-p kept: on one engine the mismatch is rounding."""
     from mindrlhf.data.packing import Packing
