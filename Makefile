@@ -40,7 +40,8 @@ $(INSTALLED): setup.py
 	  exit 1; }
 	@echo "installing into $(VENV): 3.5 GB, a few minutes, once"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+	  --config-settings editable_mode=compat
 	@touch $@
 
 $(TORCH_VENV)/.installed:

@@ -229,12 +229,18 @@ def _default(field: dataclasses.Field, inner: type | None) -> str:
     else:
         value = field.default_factory()
         if inner is not None:
-            return "one `accuracy`" if value == [config.RewardFunctionConfig()] else "`[]`" if value == [] else ""
+            return (
+                "one `accuracy`"
+                if value == [config.RewardFunctionConfig("accuracy")]
+                else "`[]`"
+                if value == []
+                else ""
+            )
     if value is None:
         return "`row`"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    return f'`"{value}"`' if value == "" else f"`{value}`"
+    return f'`"{value}"`' if value == "" else f"`{value!r}`" if value == "\n" else f"`{value}`"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ _PUBLIC = {
     "init_configs": "mindrlhf.trainer.ppo",
     "init_network_and_optimizer": "mindrlhf.trainer.ppo",
     "init_ppo_dataset": "mindrlhf.trainer.ppo",
+    "Environment": "mindrlhf.environments",
     "accuracy_reward": "mindrlhf.rewards",
     "format_reward": "mindrlhf.rewards",
     "Decoder": "mindrlhf.models.decoder",

@@ -23,9 +23,9 @@ def main(directory: Path) -> None:
     for name, text in ROWS.items():
         print(f"{text:38} {round(before[name], 3) + 0.0:8.3f} {after[name]:8.3f}")
     judged = summaries["reward_model"]["after"]["accuracy"]
-    print(f"{'reward model, comparisons judged right':38} {judged:8.3f}")
+    print(f"\nThe reward model judges {100 * judged:.0f}% of held-out comparisons right.")
     seconds = " + ".join(f"{summaries[stage]['seconds']:.0f}" for stage in STAGES)
-    print(f"\n{seconds} s; pictures:", *(str(directory / stage / "curves.png") for stage in STAGES), sep="\n  ")
+    print(f"{seconds} s; pictures:", *(str(directory / stage / "curves.png") for stage in STAGES), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class OnlineConfig:
     data: DataConfig = field(default_factory=DataConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    rewards: list[RewardFunctionConfig] = field(default_factory=lambda: [RewardFunctionConfig()])
+    rewards: list[RewardFunctionConfig] = field(default_factory=lambda: [RewardFunctionConfig("accuracy")])
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -145,4 +145,4 @@ class InferenceConfig:
     max_prompt_tokens: int = 512
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    rewards: list[RewardFunctionConfig] = field(default_factory=lambda: [RewardFunctionConfig()])
+    rewards: list[RewardFunctionConfig] = field(default_factory=lambda: [RewardFunctionConfig("accuracy")])

@@ -114,9 +114,9 @@ class StepRewardConfig:
 
 @dataclass
 class RewardFunctionConfig:
-    """One part of the reward: a function, a model's directory (`model`), or servers (`urls`)."""
+    """One part of the reward: a function, a model's directory (`model`), or servers (`urls`); exactly one of them."""
 
-    function: FunctionText = "accuracy"  # a name of mindrlhf.rewards, or path.py:function
+    function: FunctionText = ""  # a name of docs/rewards.md, or path.py:function
     weight: float = 1.0
     name: str = ""  # in the metrics; empty: the function's name, `model` or `remote`
     arguments: dict[str, Any] = field(default_factory=dict)  # of the function, by keyword
@@ -278,7 +278,7 @@ class EvaluationConfig:
 
     num_generations: int = 1  # sampled answers a problem, for pass@k and maj@k
     k: list[int] = field(default_factory=lambda: [1])  # of pass@k and maj@k, up to num_generations
-    temperature: float = 1.0  # of the sampled answers
+    temperature: float = 1.0  # of the sampled answers, whatever that of the rollouts is
     kl: bool = False  # KL to the reference of answers sampled as in training, and their reward less the KL penalty
 
 

@@ -11,6 +11,7 @@ def check_online(config: OnlineConfig, dynamic_sampling: bool) -> None:
     pretraining, evaluation = config.pretraining, config.evaluation
     checks = (
         ("rollout.prompts_per_step", rollout.prompts_per_step, rollout.prompts_per_step > 0, "1 or more"),
+        ("rollout.num_generations", rollout.num_generations, rollout.num_generations > 0, "1 or more"),
         ("rollout.slots", rollout.slots, rollout.slots > 0, "1 or more"),
         ("rollout.max_prompt_tokens", rollout.max_prompt_tokens, rollout.max_prompt_tokens > 0, "1 or more"),
         ("rollout.sampling.temperature", rollout.sampling.temperature, rollout.sampling.temperature > 0,

@@ -82,13 +82,15 @@ OPENERS: dict[str, Callable[[RewardFunctionConfig, Path], tuple[str, Callable]]]
 
 
 def _kind(config: RewardFunctionConfig, where: str) -> str:
-    """`function`, `model` or `urls`. Raises UserError for two of them, and for keys that only another kind reads."""
+    """`function`, `model` or `urls`. Raises UserError for none or two, and for keys that only another kind reads."""
     default = RewardFunctionConfig()
     given = [field.name for field in fields(config) if getattr(config, field.name) != getattr(default, field.name)]
-    kinds = [kind for kind in READ if kind in given]  # accuracy, the default function, yields to the others
+    kinds = [kind for kind in READ if kind in given]
     if len(kinds) > 1:
         raise UserError(f"{where}: has {' and '.join(kinds)}; make one entry of each, with weights of their own")
-    kind = kinds[0] if kinds else "function"
+    if not kinds:
+        raise UserError(f"{where}: nothing gives the reward; set function, model or urls")
+    kind = kinds[0]
     for name in given:
         if name not in ("weight", "name", *READ[kind]):
             reader = next(other for other, names in READ.items() if name in names)

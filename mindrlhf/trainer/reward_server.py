@@ -240,8 +240,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def read_request(body: bytes) -> Request:
-    """From the protocol's JSON. A query that begins with its prompt is a prompt and an answer, any other is scored as
-    a whole. Raises Refusal."""
+    """From the protocol's JSON. A query is its prompt and an answer; without prompts each is scored as a whole, which
+    tokenises otherwise. Raises Refusal."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -252,7 +252,9 @@ def read_request(body: bytes) -> Request:
     if prompts and len(prompts) != len(queries):
         raise Refusal(BAD_REQUEST, f'"prompts" are {len(prompts)} for {len(queries)} texts of "query"')
     prompts = prompts or [""] * len(queries)
-    prompts = [prompt if query.startswith(prompt) else "" for prompt, query in zip(prompts, queries, strict=True)]
+    for i, (prompt, query) in enumerate(zip(prompts, queries, strict=True)):
+        if not query.startswith(prompt):
+            raise Refusal(BAD_REQUEST, f'"query" at index {i} does not begin with its prompt; send prompt + answer')
     answers = [query[len(prompt) :] for prompt, query in zip(prompts, queries, strict=True)]
     return Request(prompts, answers)
 

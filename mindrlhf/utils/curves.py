@@ -212,7 +212,7 @@ def _accuracy(series: tuple[np.ndarray, np.ndarray]) -> Callable[[Any], None]:
             )
         axes.margins(x=0.06, y=0.2)
         axes.set_ylim(top=min(axes.get_ylim()[1], 104))
-        _label(axes, "Held-out accuracy", STEPS, "% right")
+        _label(axes, "Held-out accuracy", STEPS, "% right, greedy")
 
     return draw
 
