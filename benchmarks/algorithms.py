@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "grpo" / "arithmetic.yaml"
 GOAL = 0.8
-STEPS, EVERY, TIMED_STEPS = 30, 2, 8
+STEPS, EVERY, TIMED_STEPS = 30, 2, 6
 COMMON = (
     "rollout.prompts_per_step=32", "trainer.keep_checkpoints=1", "warmup.steps=0", "logging.tensorboard=false",
     "logging.progress=false",
