@@ -133,17 +133,22 @@ def test_a_step_without_an_informative_group_trains_nothing(make_trainer):
     np.testing.assert_array_equal(trainer.policy.decoder.weights("model.norm.weight"), before)
 
 
-def test_a_reward_function_that_fails_stops_after_saving(make_trainer):
+def failing(at):
+    """letter_reward, whose call number `at` raises."""
     calls = []
 
-    def fails_on_the_third(completions, **columns):
-        calls.append(len(completions))
-        if len(calls) == 3:
+    def letter_reward_that_fails(completions, **columns):
+        calls.append(max(map(len, completions)))  # never called without answers
+        if len(calls) == at:
             raise KeyError("lost")
         return letter_reward(completions)
 
-    trainer = make_trainer(fails_on_the_third, algorithm__kl_coef=0)
-    expected = r"fails_on_the_third.*test_online.py:\d+.*KeyError.*step 2, saved .*step-000002"
+    return letter_reward_that_fails
+
+
+def test_a_reward_function_that_fails_stops_after_saving(make_trainer):
+    trainer = make_trainer(failing(3), algorithm__kl_coef=0)
+    expected = r"letter_reward_that_fails.*test_online.py:\d+.*KeyError.*step 2, saved .*step-000002"
     with pytest.raises(UserError, match=expected):
         trainer.fit()
     assert trainer.checkpoints.steps() == [2]
@@ -257,17 +262,9 @@ def test_an_asynchronous_run_resumes_bit_equal(make_trainer):
 
 
 def test_an_asynchronous_reward_that_fails_stops_after_saving(make_trainer):
-    calls = []
-
-    def fails_on_the_third(completions, **columns):
-        calls.append(len(completions))
-        if len(calls) == 3:
-            raise KeyError("lost")
-        return letter_reward(completions)
-
     options = {"rollout__asynchronous": "true", "algorithm__kl_coef": 0}
     with pytest.raises(UserError, match=r"KeyError.*step 2, saved .*step-000002"):
-        make_trainer(fails_on_the_third, **options).fit()
+        make_trainer(failing(3), **options).fit()
     resumed = make_trainer(**options)
     resumed.fit()
     straight = make_trainer(output="straight", **options)
@@ -429,33 +426,17 @@ def test_unfinished_answers_survive_a_reward_that_fails(make_trainer):
     options = {"rollout__partial_tokens": 3, "rollout__slots": 16, "trainer__steps": 5, "algorithm__kl_coef": 0}
     straight = make_trainer(output="straight", **options)
     straight.fit()
-    calls = []
-
-    def fails_once(completions, **columns):
-        calls.append(max(map(len, completions)))  # it is not called without answers
-        if len(calls) == 2:
-            raise KeyError("lost")
-        return letter_reward(completions)
-
     with pytest.raises(UserError, match="KeyError"):
-        make_trainer(fails_once, output="resumed", **options).fit()
+        make_trainer(failing(2), output="resumed", **options).fit()
     resumed = make_trainer(output="resumed", **options)
     resumed.fit()
     same_checkpoint(straight.checkpoints.path(5), resumed.checkpoints.path(5))
 
 
 def test_a_reward_that_fails_in_an_evaluation_stops_after_saving(make_trainer):
-    calls = []
-
-    def fails_at_the_end(completions, **columns):
-        calls.append(len(completions))
-        if len(calls) == 6:
-            raise KeyError("lost")
-        return letter_reward(completions)
-
     options = {"algorithm__kl_coef": 0, "data__test": "[{path: PROBLEMS}]"}
     with pytest.raises(UserError, match=r"KeyError.*stopped at step 4, saved .*step-000004"):
-        make_trainer(fails_at_the_end, **options).fit()
+        make_trainer(failing(6), **options).fit()
     resumed = make_trainer(**options)
     assert resumed.fit()["steps"] == 4
 
