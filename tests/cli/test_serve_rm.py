@@ -76,12 +76,15 @@ def test_more_than_a_batch_and_nothing(server, oracle):
 
 
 def test_queries_without_their_prompts(server, oracle):
-    """The whole text is scored where no prompt is given, or it begins with another one."""
+    """The whole text is scored where no prompt is given; one that begins with another prompt is a mistake."""
     whole = oracle(["", ""], ["12=one two", "12=one two<|endoftext|>"])
     assert whole[0] == pytest.approx(whole[1], abs=1e-5)  # the stop token is not doubled
-    for body in ({"query": ["12=one two"]}, {"query": ["12=one two"], "prompts": ["13="]}):
-        status, answer, _ = post(server, body, "/get_reward")
-        assert status == 200 and answer["rewards"] == pytest.approx([whole[0]], abs=1e-5)
+    status, answer, _ = post(server, {"query": ["12=one two"]}, "/get_reward")
+    assert status == 200 and answer["rewards"] == pytest.approx([whole[0]], abs=1e-5)
+    status, answer, _ = post(server, {"query": ["12=one two"], "prompts": ["13="]}, "/get_reward")
+    assert (
+        status == 400 and answer["error"] == '"query" at index 0 does not begin with its prompt; send prompt + answer'
+    )
 
 
 def test_many_clients(server, oracle):

@@ -54,7 +54,7 @@ def test_every_kind_in_one_sum(made, reward_model, judge, monkeypatch):
     )
     rewards = open_rewards(
         [
-            Part(),
+            Part("accuracy"),
             Part("mine.py:times", 0.5, arguments={"factor": 3}),
             Part(model="rm"),
             Part(model="rm", normalize_reward=True, weight=2.0),
@@ -160,10 +160,14 @@ def test_steps_of_an_answer(separator, answer, pieces, judge):
     ("part", "message"),
     [
         (Part(model="rm", urls=["http://x"]), "has model and urls; make one entry of each, with weights of their own"),
-        (Part("format", model="rm"), "has function and model; make one entry of each"),
+        (Part("accuracy", model="rm"), "has function and model; make one entry of each"),
+        (Part(weight=0.5), "nothing gives the reward; set function, model or urls"),
         (Part(model="rm", arguments={"a": 1}), "arguments is for an entry with function, this one has model; remove"),
         (Part(urls=["http://x"], process=True), "process is for an entry with model, this one has urls; remove it"),
-        (Part(normalize_reward=True), "normalize_reward is for an entry with model, this one has function; remove it"),
+        (
+            Part("accuracy", normalize_reward=True),
+            "normalize_reward is for an entry with model, this one has function; remove it",
+        ),
         (Part(model="rm", timeout=3.0), "timeout is for an entry with urls, this one has model; remove it"),
         (Part(model="rm", step_reduction="mean"), "step_reduction is for a process reward model; set process: true"),
         (Part(model="prm", process=True, normalize_reward=True), "normalize_reward: judgements of steps lie in"),
@@ -180,7 +184,7 @@ def test_steps_of_an_answer(separator, answer, pieces, judge):
 )
 def test_mistakes(part, message, made):
     with pytest.raises(UserError, match=rf"^rewards\[1\]: .*{message}"):
-        open_rewards([Part(), part], made)
+        open_rewards([Part("accuracy"), part], made)
 
 
 def test_what_the_window_does_not_hold(made):
