@@ -15,6 +15,7 @@ from mindrlhf.losses import (
 )
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.wrapper.scorer import target_logprobs
+from mindrlhf.wrapper.step_scorer import step_logits
 
 
 class SupervisedObjective(nn.Cell):
@@ -41,8 +42,7 @@ class StepRewardObjective(nn.Cell):
     def construct(
         self, tokens, positions, segments, index, labels, sequence, mask, loss_weight, probabilities
     ):  # fmt: skip
-        hidden = ops.gather(self.decoder(tokens, positions, segments), index, 0)
-        logits = ops.gather(self.decoder.logits(hidden), self.reward_tokens, 1)
+        logits = step_logits(self.decoder, tokens, positions, segments, index, self.reward_tokens)
         loss = step_reward_loss(logits, probabilities)
         right = ops.cast(ops.argmax(logits, -1) == ops.argmax(probabilities, -1), ms.float32)
         return (loss * loss_weight).sum(), {"steps": mask.sum(), "accuracy": (right * mask).sum()}

@@ -12,6 +12,12 @@ from mindrlhf.wrapper.graph import Graph
 from mindrlhf.wrapper.scorer import POSITION_FIELDS, over
 
 
+def step_logits(decoder, tokens, positions, segments, index, reward_tokens):
+    """The logits [N, R] of the R reward tokens at the placeholders, which is all that a judgement is made of."""
+    hidden = ops.gather(decoder(tokens, positions, segments), index, 0)
+    return ops.gather(decoder.logits(hidden), reward_tokens, 1)
+
+
 class StepScorer(Graph):
     """The judgement [N] in [0, 1] at the target positions of a micro-batch of packed rows.
 
@@ -26,8 +32,7 @@ class StepScorer(Graph):
         self.values = Tensor(np.linspace(1.0, 0.0, len(reward_tokens), dtype=np.float32))
 
     def construct(self, tokens, positions, segments, index):
-        hidden = ops.gather(self.decoder(tokens, positions, segments), index, 0)
-        logits = ops.gather(self.decoder.logits(hidden), self.reward_tokens, 1)
+        logits = step_logits(self.decoder, tokens, positions, segments, index, self.reward_tokens)
         return (ops.softmax(ops.cast(logits, ms.float32), -1) * self.values).sum(-1)
 
     def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
