@@ -10,6 +10,7 @@ PACKAGE = ROOT / "mindrlhf"
 FLOORS = {
     "types": 0, "config": 0, "errors": 0,
     "advantages": 1, "schedules": 1, "rewards": 1, "data": 1, "losses": 1, "preference_losses": 1, "environments": 1,
+    "layout": 1, "launch": 1, "planner": 1,
     "models": 2, "utils": 2,
     "wrapper": 3,
     "trainer": 4,

@@ -10,8 +10,10 @@ from mindrlhf.config.sections import (
     EvaluationConfig,
     KTOLossConfig,
     LoggingConfig,
+    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     PreferenceLossConfig,
     PretrainingConfig,
     RewardFunctionConfig,
@@ -40,6 +42,8 @@ class OnlineConfig:
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -84,6 +88,7 @@ class OfflineConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

@@ -92,12 +92,26 @@ class SamplingConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes share a model; their number is data x tensor x sequence. One process: as it stands."""
+
+    data: int = 0  # replicas, each with micro-batches, or prompts, of its own; 0: what the others leave of the world
+    tensor: int = 1  # processes that split every matrix; divides the attention heads and the vocabulary
+    expert: int = 1  # of the tensor processes, over how many whole experts are spread; the rest split each expert
+    sequence: int = 1  # processes that split the tokens of every row; training only
+    zero: bool = False  # optimizer states split over the replicas (ZeRO-1); training only
+
+
+@dataclass
 class RolloutConfig:
     prompts_per_step: int = 32
     num_generations: int = 8  # answers a prompt: the group
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    slots: int = 64  # answers decoded at the same time
+    slots: int = 64  # answers decoded at the same time, by each replica
     max_prompt_tokens: int = 512  # the window: a longer prompt is an error, see data.strict
+    # How generation splits the model, apart from training; tensor and expert 0: as in training.
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(tensor=0, expert=0))
+    check_sync: bool = False  # compare checksums of the weights on both sides after every change of layout
     environment: FunctionText = ""  # path.py:Class of a multi-turn environment, see docs/agents.md; empty: one turn
     max_turns: int = 8  # of one conversation with an environment
     partial_tokens: int = 0  # sampled tokens an answer and step; what is unfinished goes on in the next; 0: off
@@ -245,6 +259,15 @@ class DistillationConfig:
     beta: float = 0.5  # gkd: 0 forward KL, 1 reverse KL, between them the divergence from the mixture
     temperature: float = 1.0  # of both distributions
     on_policy: float = 0.0  # share of the steps whose answers the student samples itself
+
+
+@dataclass
+class MemoryConfig:
+    """What a phase does not need is put away while it runs."""
+
+    swap: bool = False  # models and optimizer states leave the device's memory (on a CPU: the process's) between uses
+    directory: PathText = ""  # where the mapped files of swap lie, on a CPU; empty: the system's temporary directory
+    prefetch: bool = True  # begin to bring the next phase's roles back while the current one still runs
 
 
 @dataclass

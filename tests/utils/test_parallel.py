@@ -31,11 +31,12 @@ def test_usable_cores():
     assert 1 <= parallel.usable_cores() <= os.cpu_count()
 
 
-@pytest.mark.parametrize("name", ["RANK_SIZE", "MS_WORKER_NUM"])
-def test_several_processes_are_refused(monkeypatch, name):
-    monkeypatch.setenv(name, "2")
-    with pytest.raises(UserError, match=f"{name}=2: several processes are not supported yet; .* start one process"):
-        parallel.start()
+def test_processes_without_a_meeting_place():
+    program = "from mindrlhf.utils.parallel import start\nstart()\n"
+    _, _, error = run_alone(program, RANK_SIZE="2", RANK_ID="1")
+    assert "RANK_SIZE=2: the processes have nowhere to meet; start them with msrun" in error
+    _, _, error = run_alone(program, RANK_SIZE="two")
+    assert "RANK_ID=0, RANK_SIZE=two: not the numbers of a process" in error
 
 
 def test_device(monkeypatch):
