@@ -145,6 +145,9 @@ class Layout:
         return ", ".join(parts + ["zero"] * self.zero) or "one process"
 
 
+ONE_PROCESS = Layout()
+
+
 def split_axis(name: str) -> int | None:
     """The axis of the named tensor (in Hugging Face's orientation) that tensor ranks split; None: each holds all."""
     module, kind = _module_and_kind(name)

@@ -6,6 +6,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.models import kernels
 from mindrlhf.models.lora import MODULES, A, B, Lora, Weights
+from mindrlhf.models.shard import Shard
 
 # The multipliers of MurmurHash3's finaliser (Appleby, public domain), as the int32 of the same bits.
 FIRST, SECOND = (np.uint32(constant).astype(np.int32) for constant in (0x85EBCA6B, 0xC2B2AE35))
@@ -19,8 +20,9 @@ class Adapters:
     scale and seed are Parameters that nothing trains: compiled cells see another value without recompiling.
     """
 
-    def __init__(self, lora: Lora, shapes: dict[str, tuple[int, ...]], weights: Weights):
-        self.lora, self.shapes, self.weights = lora, shapes, weights
+    def __init__(self, lora: Lora, shapes: dict[str, tuple[int, ...]], weights: Weights, shard: Shard):
+        """shapes: of the whole adapters; weights: this rank's slices of them."""
+        self.lora, self.shapes, self.weights, self.shard = lora, shapes, weights, shard
         self.scale = Parameter(Tensor(lora.scale, ms.float32), name="lora.scale", requires_grad=False)
         self.seed = Parameter(Tensor(0, ms.int32), name="lora.dropout_seed", requires_grad=False)
 
@@ -43,7 +45,9 @@ class Adapter(nn.Cell):
         if adapters.lora.dropout > 0:
             *_, layer, _, kind = module.split(".")
             key = int(layer) * len(MODULES) + MODULES.index(kind)
-            self.dropout = Dropout(adapters.lora.dropout, adapters.seed, self.a.shape[1], key)
+            whole = adapters.shapes[f"{module}.{A}"]
+            columns = adapters.shard.layout.box(f"{module}.{A}", whole, adapters.shard.tensor.index)[1]
+            self.dropout = Dropout(adapters.lora.dropout, adapters.seed, whole[1], key, columns)
 
     def construct(self, x):
         if self.dropout is not None:
@@ -61,10 +65,11 @@ class Dropout(nn.Cell):
     them a shift, which costs eight times as much on a CPU.
     """
 
-    def __init__(self, share: float, seed: Parameter, width: int, key: int):
+    def __init__(self, share: float, seed: Parameter, width: int, key: int, own: slice = slice(None)):
+        """own: the columns of [M, width] that x has, where tensor ranks split them."""
         super().__init__(auto_prefix=False)
         self.seed = seed
-        columns = np.random.default_rng((0, key)).integers(-(2**31), 2**31, (2, 1, width), dtype=np.int32)
+        columns = np.random.default_rng((0, key)).integers(-(2**31), 2**31, (2, 1, width), dtype=np.int32)[..., own]
         self.columns, self.more_columns = Tensor(columns[0]), Tensor(columns[1])
         self.first, self.second = Tensor(FIRST), Tensor(SECOND)
         self.bits = {count: (Tensor(count, ms.int32), Tensor(2 ** (32 - count) - 1, ms.int32)) for count in (13, 16)}

@@ -205,7 +205,8 @@ KERNEL(rotate_gradient) { return rotate_by(-1.0f, params, ndims, shapes); }
 
 constexpr int64_t kBlock = 1024;
 
-// logits [N, V], labels [N] int32, temperature [] -> log-prob of the label, entropy, log of the total, each [N].
+// logits [N, V], labels [N] int32, temperature [] -> log-prob of the label, entropy, log of the total, each [N]. A label
+// of -1 is in another rank's part of the vocabulary: its logit counts as 0.
 KERNEL(target_logprobs) {
   const int64_t rows = shapes[0][0], width = shapes[0][1];
   const float *logits = INPUT(0), inverse = 1.0f / INPUT(2)[0];
@@ -227,7 +228,8 @@ KERNEL(target_logprobs) {
         weighted += products;
       }
       const double log_total = std::log(total);
-      logprobs[r] = row[labels[r]] * inverse - most - log_total;
+      const float logit = labels[r] < 0 ? 0 : row[labels[r]] * inverse;
+      logprobs[r] = logit - most - log_total;
       entropy[r] = log_total - weighted / total;
       log_totals[r] = most + log_total;
     }
@@ -251,7 +253,7 @@ KERNEL(target_logprobs_gradient) {
         const float logprob = row[i] * inverse - log_total;
         out[i] = -exponential(logprob) * (of_logprob + of_entropy * (logprob + entropy));
       }
-      out[labels[r]] += of_logprob;
+      if (labels[r] >= 0) out[labels[r]] += of_logprob;
     }
   });
   return 0;

@@ -117,6 +117,7 @@ def _primitives(library: Path) -> SimpleNamespace:
             lambda *_: (float32, float32, float32),
             bprops.target_logprobs,
         ),
+        target_logprobs_gradient=bprops.target_logprobs_gradient,
         sample=primitive("sample", lambda x, *_: (x[:1], x[:1]), lambda *_: (int32, float32)),
     )
 
@@ -160,6 +161,7 @@ def _bprops(primitive) -> SimpleNamespace:
         add_bias=add_bias,
         attention=attention,
         target_logprobs=target_logprobs,
+        target_logprobs_gradient=target_logprobs_gradient,
     )
 
 

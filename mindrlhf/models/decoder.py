@@ -3,20 +3,24 @@
 Parameter names and shapes are Hugging Face's, so a checkpoint is a list of names. A family is flags of DecoderConfig.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from mindrlhf.layout import ONE_PROCESS, Layout
 from mindrlhf.models import kernels
-from mindrlhf.models.adapters import Adapter, Adapters
+from mindrlhf.models.adapters import Adapters
+from mindrlhf.models.collectives import SumOfParts
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.hf import HEAD, SCORE, expected_shapes
+from mindrlhf.models.layers import Layer, Make, Norm, parameter_of
 from mindrlhf.models.lora import Lora, Weights, check_layers, merged
 from mindrlhf.models.rope import rope_tables
+from mindrlhf.models.shard import Shard
+from mindrlhf.models.vocabulary import SplitVocabulary
 
 
 def random_weights(config: DecoderConfig, seed: int) -> Weights:
@@ -40,115 +44,6 @@ def random_weights(config: DecoderConfig, seed: int) -> Weights:
     return weights
 
 
-class _Make(NamedTuple):
-    """What the cells are made from."""
-
-    weights: Weights
-    transposed: bool
-    adapter: Callable[[str], Adapter | None]  # by the projection's name
-
-
-class _Linear(nn.Cell):
-    def __init__(self, name: str, make: _Make, bias: bool):
-        super().__init__(auto_prefix=False)
-        weight = make.weights(f"{name}.weight")
-        self.weight = _parameter(np.ascontiguousarray(weight.T) if make.transposed else weight, f"{name}.weight")
-        self.bias = _parameter(make.weights(f"{name}.bias"), f"{name}.bias") if bias else None
-        self.transposed = make.transposed
-        self.adapter = make.adapter(name)
-
-    def construct(self, x):
-        return self.adapted(kernels.linear(x, self.weight, self.bias, self.transposed), x)
-
-    def added_to(self, residual, x):
-        return self.adapted(kernels.residual_linear(residual, x, self.weight, self.bias, self.transposed), x)
-
-    def adapted(self, out, x):
-        """out, which W x went into, and the adapter's share."""
-        return out if self.adapter is None else out + self.adapter(x)
-
-
-class _Norm(nn.Cell):
-    def __init__(self, name: str, make: _Make, epsilon: float):
-        super().__init__(auto_prefix=False)
-        self.weight = _parameter(make.weights(f"{name}.weight"), f"{name}.weight")
-        self.epsilon = epsilon
-
-    def construct(self, x):
-        return kernels.rms_norm(x, self.weight, self.epsilon)
-
-
-class _Attention(nn.Cell):
-    def __init__(self, config: DecoderConfig, name: str, make: _Make):
-        super().__init__(auto_prefix=False)
-        self.heads, self.kv_heads, self.width = config.num_heads, config.num_kv_heads, config.head_dim
-        self.scale = config.head_dim**-0.5
-        self.q_proj = _Linear(f"{name}.q_proj", make, config.qkv_bias)
-        self.k_proj = _Linear(f"{name}.k_proj", make, config.qkv_bias)
-        self.v_proj = _Linear(f"{name}.v_proj", make, config.qkv_bias)
-        self.o_proj = _Linear(f"{name}.o_proj", make, config.output_bias)
-        half = config.head_dim // 2
-        eye = np.eye(half, dtype=np.float32)
-        self.rotation = Tensor(np.block([[np.zeros_like(eye), eye], [-eye, np.zeros_like(eye)]]))
-
-    def _projected(self, x):
-        weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
-        biases = self.q_proj.bias, self.k_proj.bias, self.v_proj.bias
-        query, key, value = kernels.three_linears(x, weights, biases, self.q_proj.transposed)
-        return self.q_proj.adapted(query, x), self.k_proj.adapted(key, x), self.v_proj.adapted(value, x)
-
-    def construct(self, residual, x, positions, segments, cos, sin, mask):
-        """residual, x [B*T, H] -> (residual + attention [B*T, H], key and value [B*T, Hkv, D])."""
-        query, key, value = self._projected(x)
-        query = query.reshape(-1, self.heads, self.width)
-        key = key.reshape(-1, self.kv_heads, self.width)
-        value = value.reshape(-1, self.kv_heads, self.width)
-        query = kernels.rotate(query, cos, sin, self.rotation)
-        key = kernels.rotate(key, cos, sin, self.rotation)
-        attended = kernels.attention(query, key, value, positions, segments, mask, self.scale)
-        return self.o_proj.added_to(residual, attended), key, value
-
-    def decode(self, residual, x, positions, cos, sin, mask, rows, key_cache, value_cache):
-        query, key, value = self._projected(x)
-        out = kernels.decode_attention(
-            query, key, value, positions, cos, sin, key_cache, value_cache, rows, mask, self.scale, self.rotation
-        )
-        return self.o_proj.added_to(residual, out)
-
-
-class _FeedForward(nn.Cell):
-    def __init__(self, config: DecoderConfig, name: str, make: _Make):
-        super().__init__(auto_prefix=False)
-        self.gate_proj = _Linear(f"{name}.gate_proj", make, False)
-        self.up_proj = _Linear(f"{name}.up_proj", make, False)
-        self.down_proj = _Linear(f"{name}.down_proj", make, False)
-
-    def construct(self, residual, x):
-        if self.gate_proj.adapter is None and self.up_proj.adapter is None:
-            gated = kernels.gated_linear(x, self.gate_proj.weight, self.up_proj.weight, self.gate_proj.transposed)
-        else:
-            gated = kernels.swiglu(self.gate_proj(x), self.up_proj(x))
-        return self.down_proj.added_to(residual, gated)
-
-
-class _Layer(nn.Cell):
-    def __init__(self, config: DecoderConfig, name: str, make: _Make):
-        super().__init__(auto_prefix=False)
-        self.input_layernorm = _Norm(f"{name}.input_layernorm", make, config.norm_epsilon)
-        self.self_attn = _Attention(config, f"{name}.self_attn", make)
-        self.post_attention_layernorm = _Norm(f"{name}.post_attention_layernorm", make, config.norm_epsilon)
-        self.mlp = _FeedForward(config, f"{name}.mlp", make)
-
-    def construct(self, x, positions, segments, cos, sin, mask):
-        x, key, value = self.self_attn(x, self.input_layernorm(x), positions, segments, cos, sin, mask)
-        return self.mlp(x, self.post_attention_layernorm(x)), key, value
-
-    def decode(self, x, positions, cos, sin, mask, rows, key_cache, value_cache):
-        normed = self.input_layernorm(x)
-        x = self.self_attn.decode(x, normed, positions, cos, sin, mask, rows, key_cache, value_cache)
-        return self.mlp(x, self.post_attention_layernorm(x))
-
-
 class Decoder(nn.Cell):
     """Tokens to hidden states, and those to logits or, where config.head says so, to scores.
 
@@ -156,6 +51,7 @@ class Decoder(nn.Cell):
     (decoding) are twice as fast that way and many rows (training) are slower, so a generator has its own decoder and
     gets the policy's weights by `sync_weights`.
     lora, adapter: low-rank adapters and their values. Then these and a score head are trained, nothing else.
+    layout: how the processes share it; this one holds its slices of weights and adapter, which are given whole.
     """
 
     def __init__(
@@ -165,27 +61,36 @@ class Decoder(nn.Cell):
         transposed: bool = False,
         lora: Lora | None = None,
         adapter: Weights | None = None,
+        layout: Layout = ONE_PROCESS,
     ):
         super().__init__(auto_prefix=False)
         assert (lora is None) == (adapter is None), "lora and adapter belong together"
-        self.config = config
+        self.config, self.layout, self.shard = config, layout, Shard(layout)
+        weights = self.shard.cut(weights)
         self.transposed = transposed
         self.lora = lora
-        self.adapters = Adapters(lora, lora.shapes(config), adapter) if lora else None
-        make = _Make(weights, transposed, self.adapters or _no_adapter)
+        self.adapters = Adapters(lora, lora.shapes(config), self.shard.cut(adapter), self.shard) if lora else None
+        make = Make(weights, self.shard, transposed, self.adapters or _no_adapter)
         embedding = weights("model.embed_tokens.weight")
-        self.embedding = _parameter(embedding, "model.embed_tokens.weight")
+        self.embedding = parameter_of(embedding, "model.embed_tokens.weight")
         self.layers = nn.CellList(
-            [_Layer(config, f"model.layers.{i}", make) for i in range(config.num_layers)],
+            [Layer(config, f"model.layers.{i}", make) for i in range(config.num_layers)],
             auto_prefix=False,
         )
-        self.norm = _Norm("model.norm", make, config.norm_epsilon)
+        self.norm = Norm("model.norm", make, config.norm_epsilon)
         self.tied = config.tie_embeddings and config.head == "logits" and not transposed
         if config.head == "score":
-            self.score = _parameter(weights(SCORE), SCORE)
+            self.score = parameter_of(weights(SCORE), SCORE)
         elif not self.tied:
             head = embedding if config.tie_embeddings else weights(HEAD)
-            self.head = _parameter(np.ascontiguousarray(head.T) if transposed else head, HEAD)
+            self.head = parameter_of(np.ascontiguousarray(head.T) if transposed else head, HEAD)
+        self.copy, self.sum = self.shard.copy(), self.shard.sum()
+        self.gather_columns = self.shard.gather_columns()
+        self.is_split = self.shard.tensor.size > 1
+        self.first_token = self.shard.tensor.index * embedding.shape[0]  # of this rank's part of the vocabulary
+        self.vocabulary = SplitVocabulary(self.shard.tensor, self.first_token) if self.is_split else None
+        self.parts, self.part = self.shard.sequence.size, self.shard.sequence.index  # of every row's tokens
+        self.sum_of_parts = SumOfParts(self.shard.sequence) if self.parts > 1 else None
         cos, sin = rope_tables(config)
         self.cos, self.sin = Tensor(cos), Tensor(sin)
         every = {parameter.name: parameter for parameter in self.get_parameters()}
@@ -199,20 +104,52 @@ class Decoder(nn.Cell):
         flat = positions.reshape(-1)
         return ops.gather(self.cos, flat, 0).expand_dims(1), ops.gather(self.sin, flat, 0).expand_dims(1)
 
+    def _embed(self, tokens):
+        """tokens [M] int32 -> [M, H]."""
+        if not self.is_split:
+            return ops.gather(self.embedding, tokens, 0)
+        here, rows = tokens - self.first_token, self.embedding.shape[0]
+        inside = ops.logical_and(here >= 0, here < rows)
+        found = ops.gather(self.embedding, ops.select(inside, here, ops.zeros_like(here)), 0)
+        return self.sum(found * ops.cast(inside, ms.float32).expand_dims(1))
+
     def construct(self, tokens, positions, segments):
-        """tokens, positions, segments [B, T] int32 (see PackedRows) -> normalised hidden states [B*T, H] float32."""
+        """tokens, positions, segments [B, T] int32 (see PackedRows) -> normalised hidden states float32 [B*T, H].
+
+        Where sequence ranks split the rows: of this one's columns, [B*T/S, H].
+        """
+        if self.parts == 1:
+            mask = kernels.visible(positions, segments)
+        else:
+            width = tokens.shape[1] // self.parts
+            columns = slice(self.part * width, (self.part + 1) * width)
+            seen_positions, seen_segments = positions, segments
+            tokens, positions, segments = tokens[:, columns], positions[:, columns], segments[:, columns]
+            mask = kernels.visible(seen_positions, seen_segments, positions, segments)
         cos, sin = self._rope(positions)
-        mask = kernels.visible(positions, segments)
-        x = ops.gather(self.embedding, tokens.reshape(-1), 0)
+        x = self._embed(tokens.reshape(-1))
         for layer in self.layers:
             x, _, _ = layer(x, positions, segments, cos, sin, mask)
         return self.norm(x)
+
+    def targets(self, tokens, positions, segments, index):
+        """Hidden states [N, H] at the places index [N] int32 of the flattened rows, on every sequence rank."""
+        hidden = self.construct(tokens, positions, segments)
+        if self.parts == 1:
+            return ops.gather(hidden, index, 0)
+        length, width = tokens.shape[1], tokens.shape[1] // self.parts
+        row = ops.floor_divide(index, length)
+        column = index - row * length - self.part * width
+        inside = ops.logical_and(column >= 0, column < width)
+        here = ops.select(inside, row * width + column, ops.zeros_like(index))
+        found = ops.gather(hidden, here, 0) * ops.cast(inside, ms.float32).expand_dims(1)
+        return self.sum_of_parts(found)
 
     def prefill(self, tokens, positions, segments):
         """The same rows -> key and value [B, Hkv, T, D] of every layer, in the order key, value, key, value..."""
         cos, sin = self._rope(positions)
         mask = kernels.visible(positions, segments)
-        x = ops.gather(self.embedding, tokens.reshape(-1), 0)
+        x = self._embed(tokens.reshape(-1))
         cached = ()
         for layer in self.layers:
             x, key, value = layer(x, positions, segments, cos, sin, mask)
@@ -222,13 +159,18 @@ class Decoder(nn.Cell):
     def decode(self, tokens, positions, rows, mask, key_caches, value_caches):
         """One token a slot: tokens, positions [S] int32, rows and mask as in kernels.decode_attention -> [S, H]."""
         cos, sin = self._rope(positions)
-        x = ops.gather(self.embedding, tokens, 0)
+        x = self._embed(tokens)
         for i in range(len(self.layers)):
             x = self.layers[i].decode(x, positions, cos, sin, mask, rows, key_caches[i], value_caches[i])
         return self.norm(x)
 
     def logits(self, hidden):
         """hidden [M, H] -> [M, vocabulary] float32, of a language model."""
+        return self.gather_columns(self.own_logits(hidden))
+
+    def own_logits(self, hidden):
+        """Of this rank's part of the vocabulary, [M, vocabulary / T]."""
+        hidden = self.copy(hidden)
         if self.tied:
             return kernels.linear(hidden, self.embedding, None, False)
         return kernels.linear(hidden, self.head, None, self.transposed)
@@ -245,7 +187,14 @@ class Decoder(nn.Cell):
             yield name, self.weights(name)
 
     def weights(self, name: str) -> np.ndarray:
-        """What the parameter of that name comes to, adapters merged: a decoder can be built from another one's."""
+        """What the parameter of that name comes to, whole, adapters merged: what another decoder can be built from.
+
+        All tensor ranks have to call it.
+        """
+        return self.shard.whole(name, expected_shapes(self.config)[name], self.own_weights(name))
+
+    def own_weights(self, name: str) -> np.ndarray:
+        """This rank's slice of it."""
         scale = float(self.adapters.scale.asnumpy()) if self.lora else 0.0
         if scale == 0:
             return self._as_stored(self.by_name[name])
@@ -254,18 +203,21 @@ class Decoder(nn.Cell):
 
     def load(self, weights: Weights) -> None:
         """New values for every parameter but the adapters'. Compiled cells see them without recompiling."""
+        weights = self.shard.cut(weights)
         for parameter in self.by_name.values():
             name = "model.embed_tokens.weight" if self._is_tied_head(parameter.name) else parameter.name
             array = weights(name)
             _set(parameter, array.T if self._is_transposed(parameter.name) else array)
 
     def adapter_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and array of what an adapter's file holds: every A and B, and the score head."""
+        """Name and whole array of what an adapter's file holds: every A and B, and the score head."""
+        shapes = expected_shapes(self.config) | self.adapters.shapes
         for name, parameter in self._adapted().items():
-            yield name, parameter.asnumpy()
+            yield name, self.shard.whole(name, shapes[name], parameter.asnumpy())
 
     def load_adapter(self, weights: Weights) -> None:
         """New values for what `adapter_tensors` has, in place."""
+        weights = self.shard.cut(weights)
         for name, parameter in self._adapted().items():
             _set(parameter, weights(name))
 
@@ -325,7 +277,3 @@ def _set(parameter: Parameter, array: np.ndarray) -> None:
         np.copyto(view, array)
     else:
         parameter.set_data(Tensor.from_numpy(np.array(array, np.float32, order="C")))
-
-
-def _parameter(array: np.ndarray, name: str) -> Parameter:
-    return Parameter(Tensor(np.ascontiguousarray(array, dtype=np.float32), ms.float32), name=name)

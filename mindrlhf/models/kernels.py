@@ -117,16 +117,17 @@ def attention(query, key, value, positions, segments, mask, scale: float):
 
 
 def composed_attention(query, key, value, mask, scale: float):
-    batch, length = mask.shape[0], mask.shape[2]
+    """mask [B, 1, T, K]; the keys may be of longer rows than the queries, [B*K, Hkv, D]."""
+    batch, length, keys = mask.shape[0], mask.shape[2], mask.shape[3]
     heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[2]
     group = heads // kv_heads
     flat = (batch * kv_heads, group * length, width)
     query = query.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4).reshape(flat)
     key, value = by_head(key, batch), by_head(value, batch)
-    scores = _batch_matmul_nt(query * scale, key.reshape(batch * kv_heads, length, width))
-    scores = scores.reshape(batch, heads, length, length) + mask
-    weights = _softmax(scores).reshape(batch * kv_heads, group * length, length)
-    out = _batch_matmul(weights, value.reshape(batch * kv_heads, length, width))
+    scores = _batch_matmul_nt(query * scale, key.reshape(batch * kv_heads, keys, width))
+    scores = scores.reshape(batch, heads, length, keys) + mask
+    weights = _softmax(scores).reshape(batch * kv_heads, group * length, keys)
+    out = _batch_matmul(weights, value.reshape(batch * kv_heads, keys, width))
     out = out.reshape(batch, kv_heads, group, length, width).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch * length, heads * width)
 
@@ -166,9 +167,14 @@ def composed_decode_attention(query, key, value, cos, sin, key_cache, value_cach
     return out.reshape(slots, heads * width)
 
 
-def visible(positions, segments):
-    """Additive mask [B, 1, T, T] of packed rows: a token sees itself and what is before it in its own segment."""
-    same = ops.equal(segments.expand_dims(2), segments.expand_dims(1))
-    past = ops.less_equal(positions.expand_dims(1), positions.expand_dims(2))
+def visible(positions, segments, own_positions=None, own_segments=None):
+    """Additive mask [B, 1, T, K] of packed rows: a token sees itself and what is before it in its own segment.
+
+    positions, segments [B, K] int32 of what is seen; own_... [B, T] of who sees, where that is a part of the rows.
+    """
+    own_positions = positions if own_positions is None else own_positions
+    own_segments = segments if own_segments is None else own_segments
+    same = ops.equal(own_segments.expand_dims(2), segments.expand_dims(1))
+    past = ops.less_equal(positions.expand_dims(1), own_positions.expand_dims(2))
     hidden = 1.0 - ops.cast(ops.logical_and(same, past), ms.float32)
     return (hidden * MASKED).expand_dims(1)

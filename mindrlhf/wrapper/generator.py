@@ -166,6 +166,11 @@ class Generator:
         give_back([*self.decoder.get_parameters(), *self._caches])
         self._released = True
 
+    @property
+    def caches(self) -> list[Parameter]:
+        """Keys and values of the slots; every call of `generate` writes what it reads."""
+        return self._caches
+
     def prompt_width(self, tokens: int) -> int:
         """Width that prompts of at most so many tokens are padded to: few shapes, few compilations."""
         width = self.least_width

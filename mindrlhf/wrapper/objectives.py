@@ -64,8 +64,8 @@ class DistillationObjective(nn.Cell):
         self.temperature = distillation.temperature
 
     def construct(self, tokens, positions, segments, index, labels, sequence, mask, loss_weight):
-        student = self.student.logits(ops.gather(self.student(tokens, positions, segments), index, 0))
-        hidden = ops.gather(self.teacher(tokens, positions, segments), index, 0)
+        student = self.student.logits(self.student.targets(tokens, positions, segments, index))
+        hidden = self.teacher.targets(tokens, positions, segments, index)
         teacher = ops.stop_gradient(self.teacher.logits(hidden))
         student_logprobs, _ = logprobs_and_entropy(student, labels)
         if self.generalised:

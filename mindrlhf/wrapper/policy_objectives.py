@@ -106,7 +106,7 @@ class ValueObjective(nn.Cell):
     def construct(
         self, tokens, positions, segments, index, labels, sequence, mask, value_weight, old_values, returns
     ):  # fmt: skip
-        values = self.decoder.scores(ops.gather(self.decoder(tokens, positions, segments), index, 0))
+        values = self.decoder.scores(self.decoder.targets(tokens, positions, segments, index))
         return value_terms(values, old_values, returns, mask, value_weight, self.clip)
 
 
@@ -136,7 +136,7 @@ class ActorCriticObjective(nn.Cell):
         self, tokens, positions, segments, index, labels, sequence, mask, loss_weight, advantages, old_logprobs,
         ref_logprobs, value_weight, old_values, returns,
     ):  # fmt: skip
-        hidden = ops.gather(self.decoder(tokens, positions, segments), index, 0)
+        hidden = self.decoder.targets(tokens, positions, segments, index)
         policy_logprobs, entropy = hidden_logprobs(
             self.decoder, hidden, labels, self.temperature, self.entropy_gradient
         )
@@ -158,4 +158,4 @@ class TrunkValues(Graph):
         self.decoder, self.head = decoder, head
 
     def construct(self, tokens, positions, segments, index):
-        return self.head(ops.gather(self.decoder(tokens, positions, segments), index, 0))
+        return self.head(self.decoder.targets(tokens, positions, segments, index))

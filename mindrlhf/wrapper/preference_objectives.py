@@ -60,7 +60,7 @@ class RewardObjective(nn.Cell):
     def construct(
         self, tokens, positions, segments, index, labels, sequence, mask, weight, margin, ref_logprobs
     ):  # fmt: skip
-        hidden = ops.gather(self.decoder(tokens, positions, segments), index, 0)
+        hidden = self.decoder.targets(tokens, positions, segments, index)
         # With one target a sequence, target n is sequence n.
         chosen, rejected = halves(self.decoder.scores(hidden) * mask)
         weight, margin = halves(weight)[0], halves(margin)[0]

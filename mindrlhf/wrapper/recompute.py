@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 from mindrlhf.models.decoder import Decoder
 
@@ -14,7 +14,7 @@ class _LastLogits(nn.Cell):
         self.decoder = decoder
 
     def construct(self, tokens, positions, segments, last):
-        return self.decoder.logits(ops.gather(self.decoder(tokens, positions, segments), last, 0))
+        return self.decoder.logits(self.decoder.targets(tokens, positions, segments, last))
 
 
 class RecomputeGenerator:

@@ -18,13 +18,16 @@ _has_own = _own is not None
 
 def target_logprobs(decoder, tokens, positions, segments, index, labels, temperature, entropy_gradient: bool):
     """Log-prob of labels [N] and entropy [N], float32, at the N target positions only: the head runs nowhere else."""
-    hidden = ops.gather(decoder(tokens, positions, segments), index, 0)
+    hidden = decoder.targets(tokens, positions, segments, index)
     return hidden_logprobs(decoder, hidden, labels, temperature, entropy_gradient)
 
 
 def hidden_logprobs(decoder, hidden, labels, temperature, entropy_gradient: bool):
     """The same from the hidden states [N, H] of the target positions."""
-    logits = decoder.logits(hidden)
+    logits = decoder.own_logits(hidden)
+    if decoder.is_split:
+        logprobs, entropy, _ = decoder.vocabulary(logits, labels, Tensor(temperature, ms.float32))
+        return logprobs, entropy if entropy_gradient else ops.stop_gradient(entropy)
     if _has_own:
         logprobs, entropy, _ = _own.target_logprobs(logits, labels, Tensor(temperature, ms.float32))
         return logprobs, entropy if entropy_gradient else ops.stop_gradient(entropy)
@@ -56,7 +59,7 @@ class ScoreHead(Graph):
         self.decoder = decoder
 
     def construct(self, tokens, positions, segments, index):
-        return self.decoder.scores(ops.gather(self.decoder(tokens, positions, segments), index, 0))
+        return self.decoder.scores(self.decoder.targets(tokens, positions, segments, index))
 
     def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
         """Scores [N] float32 of each micro-batch; 0 on padding."""

@@ -14,7 +14,7 @@ from mindrlhf.wrapper.scorer import POSITION_FIELDS, over
 
 def step_logits(decoder, tokens, positions, segments, index, reward_tokens):
     """The logits [N, R] of the R reward tokens at the placeholders, which is all that a judgement is made of."""
-    hidden = ops.gather(decoder(tokens, positions, segments), index, 0)
+    hidden = decoder.targets(tokens, positions, segments, index)
     return ops.gather(decoder.logits(hidden), reward_tokens, 1)
 
 

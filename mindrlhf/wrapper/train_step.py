@@ -184,6 +184,15 @@ class TrainStep:
         )
         self._update(*(Tensor(number, ms.float32) for number in numbers)).asnumpy()
 
+    @property
+    def gradients(self) -> tuple[Parameter, ...]:
+        return tuple(self._buffers)
+
+    @property
+    def moments(self) -> tuple[Parameter, ...]:
+        """Adam's, first and second."""
+        return (*self._first, *self._second)
+
     def release(self) -> None:
         """Give back the gradient buffers' memory until the next step: they are zero, as dropped pages read."""
         give_back(self._buffers)

@@ -1,0 +1,51 @@
+"""This rank's part of a decoder under a layout: slices of tensors on the host, and the collectives of its cells."""
+
+import numpy as np
+from mindspore import nn
+
+from mindrlhf.layout import Layout
+from mindrlhf.models.collectives import Copy, GatherColumns, Group, Sum, unchanged
+from mindrlhf.models.lora import Weights
+from mindrlhf.utils.parallel import gather_objects
+
+
+class Shard:
+    """What a rank of the layout holds of every tensor. Ranks outside of the layout have none."""
+
+    def __init__(self, layout: Layout, num_experts: int = 0):
+        self.layout, self.num_experts = layout, num_experts
+        self.tensor, self.sequence = Group.of(layout, "tensor"), Group.of(layout, "sequence")
+
+    def cut(self, weights: Weights) -> Weights:
+        """Whole tensors by name -> this rank's slices of them."""
+
+        def slices(name: str) -> np.ndarray:
+            array = weights(name)
+            return array[self.layout.box(name, array.shape, self.tensor.index, self.num_experts)]
+
+        return slices
+
+    def whole(self, name: str, shape: tuple[int, ...], part: np.ndarray | None) -> np.ndarray:
+        """The inverse of `cut` for one tensor of that whole shape; part: None where this rank holds nothing of it.
+
+        All tensor ranks have to call it.
+        """
+        if part is not None and part.shape == shape:
+            return part
+        array = np.empty(shape, np.float32)
+        for number, piece in enumerate(gather_objects(part, self.tensor.ranks)):
+            if piece is not None:
+                array[self.layout.box(name, shape, number, self.num_experts)] = piece
+        return array
+
+    def copy(self) -> nn.Cell:
+        """Before a matrix whose outputs are split."""
+        return Copy(self.tensor) if self.tensor.size > 1 else unchanged
+
+    def sum(self) -> nn.Cell:
+        """Behind a matrix whose inputs are split."""
+        return Sum(self.tensor) if self.tensor.size > 1 else unchanged
+
+    def gather_columns(self) -> nn.Cell:
+        """Behind one whose outputs are needed whole."""
+        return GatherColumns(self.tensor) if self.tensor.size > 1 else unchanged
