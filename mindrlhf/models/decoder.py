@@ -191,7 +191,7 @@ class Decoder(nn.Cell):
 
         All tensor ranks have to call it.
         """
-        return self.shard.whole(name, expected_shapes(self.config)[name], self.own_weights(name))
+        return self.shard.whole(name, self.own_weights(name))
 
     def own_weights(self, name: str) -> np.ndarray:
         """This rank's slice of it."""
@@ -211,9 +211,8 @@ class Decoder(nn.Cell):
 
     def adapter_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and whole array of what an adapter's file holds: every A and B, and the score head."""
-        shapes = expected_shapes(self.config) | self.adapters.shapes
         for name, parameter in self._adapted().items():
-            yield name, self.shard.whole(name, shapes[name], parameter.asnumpy())
+            yield name, self.shard.whole(name, parameter.asnumpy())
 
     def load_adapter(self, weights: Weights) -> None:
         """New values for what `adapter_tensors` has, in place."""

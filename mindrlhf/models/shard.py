@@ -3,7 +3,7 @@
 import numpy as np
 from mindspore import nn
 
-from mindrlhf.layout import Layout
+from mindrlhf.layout import Layout, expert_of, split_axis
 from mindrlhf.models.collectives import Copy, GatherColumns, Group, Sum, unchanged
 from mindrlhf.models.lora import Weights
 from mindrlhf.utils.parallel import gather_objects
@@ -25,18 +25,16 @@ class Shard:
 
         return slices
 
-    def whole(self, name: str, shape: tuple[int, ...], part: np.ndarray | None) -> np.ndarray:
-        """The inverse of `cut` for one tensor of that whole shape; part: None where this rank holds nothing of it.
+    def whole(self, name: str, part: np.ndarray | None) -> np.ndarray:
+        """The inverse of `cut` for one tensor; part: None where this rank holds nothing of it.
 
         All tensor ranks have to call it.
         """
-        if part is not None and part.shape == shape:
+        axis = split_axis(name)
+        if self.tensor.size == 1 or (axis is None and expert_of(name) is None):
             return part
-        array = np.empty(shape, np.float32)
-        for number, piece in enumerate(gather_objects(part, self.tensor.ranks)):
-            if piece is not None:
-                array[self.layout.box(name, shape, number, self.num_experts)] = piece
-        return array
+        pieces = [piece for piece in gather_objects(part, self.tensor.ranks) if piece is not None]
+        return pieces[0] if axis is None or len(pieces) == 1 else np.concatenate(pieces, axis)
 
     def copy(self) -> nn.Cell:
         """Before a matrix whose outputs are split."""

@@ -8,9 +8,12 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.config import OptimizerConfig
+from mindrlhf.layout import ONE_PROCESS
 from mindrlhf.models import cpu_kernels
+from mindrlhf.models.shard import Shard
 from mindrlhf.utils.memory import give_back
 from mindrlhf.wrapper.graph import Graph
+from mindrlhf.wrapper.replicas import Replicas
 from mindrlhf.wrapper.sampling import mix
 
 _own = cpu_kernels.PRIMITIVES  # on a CPU; without them both cells below need a copy of the largest parameter
@@ -24,18 +27,33 @@ class StepResult(NamedTuple):
     skipped: str  # empty, or the first tensor whose loss or gradient is not finite
 
 
-class _Accumulate(Graph):
-    """Gradients of one micro-batch, added to the buffers."""
+class _Share(nn.Cell):
+    """An objective of which each sequence rank takes its share; together they have the loss once."""
 
-    def __init__(self, objective: nn.Cell, parameters, buffers):
+    def __init__(self, objective: nn.Cell, ranks: int):
         super().__init__(auto_prefix=False)
-        self.buffers = buffers
-        self.gradient = ms.value_and_grad(objective, None, parameters, has_aux=True)
+        self.objective, self.share = objective, 1.0 / ranks
+
+    def construct(self, *batch):
+        loss, metrics = self.objective(*batch)
+        return loss * self.share, metrics
+
+
+class _Accumulate(Graph):
+    """Gradients of one micro-batch, added to the buffers. sequence_ranks: that share the objective."""
+
+    def __init__(self, objective: nn.Cell, parameters, buffers, sequence_ranks: int):
+        super().__init__(auto_prefix=False)
+        self.buffers, self.sequence_ranks = buffers, sequence_ranks
+        shared = objective if sequence_ranks == 1 else _Share(objective, sequence_ranks)
+        self.gradient = ms.value_and_grad(shared, None, parameters, has_aux=True)
 
     def construct(self, *batch):
         (loss, metrics), gradients = self.gradient(*batch)
         for i in range(len(self.buffers)):
             loss = ops.depend(loss, ops.assign_add(self.buffers[i], gradients[i]))
+        if self.sequence_ranks > 1:
+            loss = loss * self.sequence_ranks
         return loss, tuple(metrics.keys()), tuple(metrics.values())
 
 
@@ -108,23 +126,28 @@ class TrainStep:
         set_dropout: Callable[[int], None] | None = None,
         seed: int = 0,
         auxiliary: nn.Cell | None = None,
+        shard: Shard | None = None,
     ):
         """set_dropout: called before each micro-batch, with a hash of seed, step and its number, and with 0, which is
-        off, behind the last. auxiliary: another objective of the same parameters, added to the first one's loss."""
+        off, behind the last. auxiliary: another objective of the same parameters, added to the first one's loss.
+        shard: of the decoder that is trained, where processes share it; every rank is given every micro-batch."""
         self.optimizer = optimizer
         self.set_dropout, self.seed = set_dropout, seed
         self.parameters = ms.ParameterTuple(parameters)
         self.names = [parameter.name for parameter in parameters]
         self._buffers = self.parameters.clone(prefix="gradient", init="zeros")
-        self._first = self.parameters.clone(prefix="first_moment", init="zeros")
-        self._second = self.parameters.clone(prefix="second_moment", init="zeros")
-        self._accumulate = _Accumulate(objective, self.parameters, self._buffers)
-        self._auxiliary = _Accumulate(auxiliary, self.parameters, self._buffers) if auxiliary else None
+        self.replicas = Replicas(shard or Shard(ONE_PROCESS), self.parameters, self._buffers)
+        updated, reduced = self.replicas.updated, self.replicas.reduced
+        self._first = updated.clone(prefix="first_moment", init="zeros")
+        self._second = updated.clone(prefix="second_moment", init="zeros")
+        ranks = self.replicas.layout.sequence
+        self._accumulate = _Accumulate(objective, self.parameters, self._buffers, ranks)
+        self._auxiliary = _Accumulate(auxiliary, self.parameters, self._buffers, ranks) if auxiliary else None
         self._evaluate = _Evaluate(objective)
-        self._squared_norms = _SquaredNorms(self._buffers)
+        self._squared_norms = _SquaredNorms(reduced)
         decayed = [len(parameter.shape) > 1 for parameter in parameters]
         betas = (optimizer.beta1, optimizer.beta2)
-        self._update = _Update(self.parameters, self._buffers, self._first, self._second, decayed, *betas)
+        self._update = _Update(updated, reduced, self._first, self._second, decayed, *betas)
         self.updates = 0  # optimizer steps taken
         self.skipped = 0  # and those skipped because a number was not finite
 
@@ -138,13 +161,14 @@ class TrainStep:
             more, sums = self._run(self._auxiliary, auxiliary)
             loss += more
             metrics |= {f"auxiliary/{name}": value for name, value in (("loss", more), *sums.items())}
-        norms = np.sqrt(self._squared_norms().asnumpy().astype(np.float64))
-        norm = float(np.sqrt(np.sum(norms**2)))
+        self.replicas.sum_gradients()
+        squared = self.replicas.squared_norms(self._squared_norms().asnumpy().astype(np.float64))
+        norm = float(np.sqrt(sum(squared.values())))
         if not (np.isfinite(norm) and np.isfinite(loss)):
             self.skipped += 1
-            for buffer in self._buffers:
+            for buffer in self.gradients:
                 buffer.set_data(Tensor(np.zeros(buffer.shape, np.float32)))
-            bad = [name for name, value in zip(self.names, norms, strict=True) if not np.isfinite(value)]
+            bad = [name for name, value in squared.items() if not np.isfinite(value)]
             return StepResult(loss, metrics, norm, bad[0] if bad else "loss")
         limit = self.optimizer.max_grad_norm
         self._apply(learning_rate, min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0)
@@ -156,7 +180,7 @@ class TrainStep:
 
     def _run(self, cell: nn.Cell, batches: Sequence[NamedTuple], dropout: bool = True):
         loss, metrics = 0.0, {}
-        for number, batch in enumerate(batches):
+        for number, batch in self.replicas.own(batches):
             if self.set_dropout and dropout:
                 self.set_dropout(1 + int(mix(self.seed, self.updates, number)) % (2**31 - 2))
             micro_loss, names, sums = cell(*(Tensor(array) for array in batch))
@@ -167,7 +191,7 @@ class TrainStep:
                 metrics[name] = max(known, value) if name.endswith("_max") else known + value
         if self.set_dropout and dropout:
             self.set_dropout(0)
-        return loss, metrics
+        return self.replicas.add(loss, metrics)
 
     def _apply(self, learning_rate: float, scale: float) -> None:
         """AdamWeightDecay has no bias correction: it is folded into its learning rate, epsilon and decay."""
@@ -183,29 +207,33 @@ class TrainStep:
             0.0,
         )
         self._update(*(Tensor(number, ms.float32) for number in numbers)).asnumpy()
+        self.replicas.gather_parameters()
 
     @property
     def gradients(self) -> tuple[Parameter, ...]:
-        return tuple(self._buffers)
+        """The gradient buffers: zero between steps."""
+        return tuple({id(one): one for one in (*self._buffers, *self.replicas.reduced)}.values())
 
     @property
     def moments(self) -> tuple[Parameter, ...]:
-        """Adam's, first and second."""
+        """Adam's first and second moments, of what this rank updates."""
         return (*self._first, *self._second)
 
     def release(self) -> None:
         """Give back the gradient buffers' memory until the next step: they are zero, as dropped pages read."""
-        give_back(self._buffers)
+        give_back(self.gradients)
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Adam's moments, by parameter name, for a checkpoint."""
+        """Adam's moments, by parameter name, for a checkpoint: whole, and every rank has to go through all of them."""
         for kind, moments in (("first_moment", self._first), ("second_moment", self._second)):
-            for name, moment in zip(self.names, moments, strict=True):
-                yield f"{kind}.{name}", moment.asnumpy()
+            by_name = dict(zip(self.names, moments, strict=True))
+            for name in self.replicas.every_name():
+                yield f"{kind}.{name}", self.replicas.whole(name, by_name)
 
     def load_state(self, read, updates: int, skipped: int = 0) -> None:
         """read: name -> array, the inverse of `state`."""
         self.updates, self.skipped = updates, skipped
         for kind, moments in (("first_moment", self._first), ("second_moment", self._second)):
             for name, moment in zip(self.names, moments, strict=True):
-                moment.set_data(Tensor(np.array(read(f"{kind}.{name}"), np.float32)))
+                part = self.replicas.part(name, read(f"{kind}.{name}"))
+                moment.set_data(Tensor(np.array(part, np.float32, order="C")))
