@@ -31,6 +31,8 @@ check-export: venv $(if $(TORCH_PYTHON),,$(TORCH_VENV)/.installed)
 
 lint: venv
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/shellcheck .ci/run examples/*.sh examples/*/*.sh docker/*.sh
+	$(VENV)/bin/hadolint docker/Dockerfile docker/Dockerfile.ascend
 
 venv: $(INSTALLED)
 

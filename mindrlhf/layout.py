@@ -167,5 +167,6 @@ def expert_of(name: str) -> int | None:
 
 def _module_and_kind(name: str) -> tuple[str, str]:
     """q_proj and weight, or q_proj and lora_A for ...q_proj.lora_A.weight."""
-    parts = name.removesuffix(".weight").split(".") if ".lora_" in name else name.split(".")
-    return parts[-2], parts[-1]
+    parts = name.removesuffix(".weight") if ".lora_" in name else name
+    *_, module, kind = ["", *parts.split(".")]
+    return module, kind

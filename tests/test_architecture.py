@@ -10,11 +10,11 @@ PACKAGE = ROOT / "mindrlhf"
 FLOORS = {
     "types": 0, "config": 0, "errors": 0,
     "advantages": 1, "schedules": 1, "rewards": 1, "data": 1, "losses": 1, "preference_losses": 1, "environments": 1,
-    "layout": 1, "launch": 1, "planner": 1,
+    "layout": 1,
     "models": 2, "utils": 2,
-    "wrapper": 3,
+    "wrapper": 3, "planner": 3,
     "trainer": 4,
-    "cli": 5,
+    "cli": 5, "launch": 5,
     "__main__": 6,
 }  # fmt: skip
 # Two rooms of one floor. A config error is a UserError; checkpoints are model directories with more in them, so

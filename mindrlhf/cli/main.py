@@ -33,6 +33,7 @@ COMMANDS = (
     ("chat", "talk with a model", "mindrlhf.cli.chat"),
     ("merge-lora", "write a model with an adapter merged into it", "mindrlhf.cli.merge_lora"),
     ("compare-loss", "compare the losses of two runs", "mindrlhf.cli.compare_loss"),
+    ("plan", "what a job needs of each device, and its best layouts", "mindrlhf.cli.plan"),
     ("bench", "measure what the KV cache is worth on this machine", "mindrlhf.cli.bench"),
     ("env", "show versions and hardware, and what is missing", "mindrlhf.cli.env"),
 )

@@ -24,11 +24,14 @@ class Family(NamedTuple):
     architecture: str  # of the classes that transformers loads, without what names the head
     biases: dict[bool, tuple[bool, bool]]  # attention_bias -> (q, k and v have a bias, o has a bias)
     attention_bias: bool  # where config.json does not say
+    feed_forward: str = "mlp"  # the name of a layer's second half
+    has_experts: bool = False
 
 
 FAMILIES = {
     "llama": Family("Llama", {False: (False, False), True: (True, True)}, False),
     "qwen2": Family("Qwen2", {True: (True, False)}, True),
+    "mixtral": Family("Mixtral", {False: (False, False)}, False, "block_sparse_moe", True),
 }
 
 # head -> what ends the name of transformers' class
@@ -38,8 +41,8 @@ HEADS = {"logits": "ForCausalLM", "score": "ForSequenceClassification"}
 YAML_KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "rope_parameters", "attention_bias", "tie_word_embeddings", "initializer_range", "hidden_act", "bos_token_id",
-    "eos_token_id",
+    "rope_parameters", "num_local_experts", "num_experts_per_tok", "attention_bias", "tie_word_embeddings",
+    "initializer_range", "hidden_act", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 
 
@@ -60,6 +63,8 @@ class DecoderConfig:
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)  # rope_type and its numbers; None: default
     qkv_bias: bool = False  # q_proj, k_proj and v_proj have a bias
     output_bias: bool = False  # o_proj has one: Llama's attention_bias means all four, Qwen2 has the three
+    num_experts: int = 0  # in every layer, each with an MLP of intermediate_size; 0: one MLP
+    experts_per_token: int = 0
     tie_embeddings: bool = False  # the head is the embedding; there is no lm_head.weight
     model_type: str = "llama"  # a row of FAMILIES
     initializer_range: float = 0.02  # standard deviation of fresh matrices and embeddings
@@ -87,6 +92,10 @@ class DecoderConfig:
                 f"num_key_value_heads {self.num_kv_heads} does not divide num_attention_heads {self.num_heads}; "
                 "choose a divisor"
             )
+        if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
+            raise UserError(
+                f"num_experts_per_tok is {self.experts_per_token}; it must be 1 to num_local_experts {self.num_experts}"
+            )
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
         if self.norm_epsilon <= 0 or self.initializer_range < 0:
@@ -109,7 +118,8 @@ class DecoderConfig:
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = self.hidden_size * (2 * query + 2 * key)
         attention += self.qkv_bias * (query + 2 * key) + self.output_bias * self.hidden_size
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        mlps, routers = max(self.num_experts, 1), self.num_experts * self.hidden_size
+        layer = attention + mlps * 3 * self.hidden_size * self.intermediate_size + routers + 2 * self.hidden_size
         vocabulary = self.vocab_size * self.hidden_size
         head = self.hidden_size if self.head == "score" else (not self.tie_embeddings) * vocabulary
         return vocabulary + self.num_layers * layer + self.hidden_size + head
@@ -143,6 +153,7 @@ class DecoderConfig:
                 )
             head_dim = hidden_size // num_heads
         rope_theta, rope_scaling = read_rope(values, where)
+        has_experts = FAMILIES[model_type].has_experts
         fields = dict(
             vocab_size=integer(values, "vocab_size", where),
             hidden_size=hidden_size,
@@ -157,6 +168,8 @@ class DecoderConfig:
             rope_scaling=rope_scaling,
             qkv_bias=qkv_bias,
             output_bias=output_bias,
+            num_experts=integer(values, "num_local_experts", where, 8) if has_experts else 0,
+            experts_per_token=integer(values, "num_experts_per_tok", where, 2) if has_experts else 0,
             tie_embeddings=flag(values, "tie_word_embeddings", where),
             model_type=model_type,
             initializer_range=number(values, "initializer_range", where, 0.02),
@@ -262,6 +275,8 @@ class DecoderConfig:
             "torch_dtype": "float32",
             "use_cache": True,
         }
+        if self.num_experts:
+            values |= {"num_local_experts": self.num_experts, "num_experts_per_tok": self.experts_per_token}
         if len(FAMILIES[self.model_type].biases) > 1:  # elsewhere the key means nothing
             values["attention_bias"] = self.qkv_bias
         if self.head == "score":
@@ -282,6 +297,8 @@ def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: quantization_config is not supported; use the float32, float16 or bfloat16 weights")
     if values.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"{where}: partial_rotary_factor other than 1 is not supported; use another model")
+    if FAMILIES[values["model_type"]].has_experts and values.get("sliding_window") is not None:
+        raise UserError(f"{where}: sliding_window is not supported; set it to null if the model was trained without it")
     kinds = values.get("layer_types") or []
     if values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None and not kinds:
         # Qwen2's rule: the layers from max_window_layers on slide. Its default in transformers is 28.

@@ -10,13 +10,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindrlhf.layout import ONE_PROCESS, Layout
+from mindrlhf.layout import ONE_PROCESS, Box, Layout, expert_of
 from mindrlhf.models import kernels
 from mindrlhf.models.adapters import Adapters
 from mindrlhf.models.collectives import SumOfParts
 from mindrlhf.models.config import DecoderConfig
-from mindrlhf.models.hf import HEAD, SCORE, expected_shapes
-from mindrlhf.models.layers import Layer, Make, Norm, parameter_of
+from mindrlhf.models.experts import Experts
+from mindrlhf.models.hf import EMBEDDING, HEAD, SCORE, expected_shapes
+from mindrlhf.models.layers import FeedForward, Layer, Make, Norm, parameter_of
 from mindrlhf.models.lora import Lora, Weights, check_layers, merged
 from mindrlhf.models.rope import rope_tables
 from mindrlhf.models.shard import Shard
@@ -65,16 +66,16 @@ class Decoder(nn.Cell):
     ):
         super().__init__(auto_prefix=False)
         assert (lora is None) == (adapter is None), "lora and adapter belong together"
-        self.config, self.layout, self.shard = config, layout, Shard(layout)
+        self.config, self.layout, self.shard = config, layout, Shard(layout, config.num_experts)
         weights = self.shard.cut(weights)
         self.transposed = transposed
         self.lora = lora
         self.adapters = Adapters(lora, lora.shapes(config), self.shard.cut(adapter), self.shard) if lora else None
         make = Make(weights, self.shard, transposed, self.adapters or _no_adapter)
-        embedding = weights("model.embed_tokens.weight")
-        self.embedding = parameter_of(embedding, "model.embed_tokens.weight")
+        embedding = weights(EMBEDDING)
+        self.embedding = parameter_of(embedding, EMBEDDING)
         self.layers = nn.CellList(
-            [Layer(config, f"model.layers.{i}", make) for i in range(config.num_layers)],
+            [Layer(config, f"model.layers.{i}", make, feed_forward(config)) for i in range(config.num_layers)],
             auto_prefix=False,
         )
         self.norm = Norm("model.norm", make, config.norm_epsilon)
@@ -194,7 +195,9 @@ class Decoder(nn.Cell):
         return self.shard.whole(name, self.own_weights(name))
 
     def own_weights(self, name: str) -> np.ndarray:
-        """This rank's slice of it."""
+        """This rank's slice of it; None of an expert that other ranks have."""
+        if expert_of(name) is not None and name not in self.by_name:
+            return None
         scale = float(self.adapters.scale.asnumpy()) if self.lora else 0.0
         if scale == 0:
             return self._as_stored(self.by_name[name])
@@ -205,9 +208,20 @@ class Decoder(nn.Cell):
         """New values for every parameter but the adapters'. Compiled cells see them without recompiling."""
         weights = self.shard.cut(weights)
         for parameter in self.by_name.values():
-            name = "model.embed_tokens.weight" if self._is_tied_head(parameter.name) else parameter.name
+            name = EMBEDDING if self._is_tied_head(parameter.name) else parameter.name
             array = weights(name)
             _set(parameter, array.T if self._is_transposed(parameter.name) else array)
+
+    def write(self, name: str, box: Box, array: np.ndarray) -> None:
+        """A part of the parameter of that name, in place: box is relative to this rank's slice, Hugging Face's axes."""
+        names = [name, HEAD] if name == EMBEDDING and self._is_tied_head(HEAD) and not self.tied else [name]
+        for parameter in (self.by_name[own] for own in names if own in self.by_name):
+            view = self._as_stored(parameter)
+            view[box] = array
+            if parameter.asnumpy().ctypes.data != parameter.data_ptr():  # a device's: the view was a copy
+                parameter.set_data(
+                    Tensor(np.ascontiguousarray(view.T if self._is_transposed(parameter.name) else view))
+                )
 
     def adapter_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and whole array of what an adapter's file holds: every A and B, and the score head."""
@@ -254,11 +268,16 @@ class Decoder(nn.Cell):
         return self.config.tie_embeddings and name == HEAD
 
     def _is_transposed(self, name: str) -> bool:
-        return self.transposed and (name.endswith("_proj.weight") or name == HEAD)
+        return self.transposed and name not in (EMBEDDING, SCORE)  # a vector is its own transpose
 
     def _as_stored(self, parameter: Parameter) -> np.ndarray:
         array = parameter.asnumpy()
         return array.T if self._is_transposed(parameter.name) else array
+
+
+def feed_forward(config: DecoderConfig) -> type:
+    """The cell of a layer's second half."""
+    return Experts if config.num_experts else FeedForward
 
 
 def _no_adapter(name: str) -> None:

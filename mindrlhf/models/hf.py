@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mindrlhf.errors import UserError
-from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.config import FAMILIES, DecoderConfig
 from mindrlhf.models.fields import read_json
+from mindrlhf.utils.parallel import is_main
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SCORE = "score.weight"
 LARGEST_HEADER = 100_000_000  # bytes, the library's own limit
@@ -179,7 +181,11 @@ def write_tensors(
     so one tensor is in memory at a time. A tensor larger than shard_bytes gets a file of its own. Every file is written
     beside its place, flushed to disk and only then renamed, all of them after the last is whole; then weights that an
     earlier write left in the directory under other names are removed, because a reader would prefer them.
+
+    Of several processes all call it, since a getter may bring a tensor together, and the main one writes.
     """
+    if not is_main():
+        return _go_through(tensors)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} if metadata is None else dict(metadata)
@@ -207,13 +213,20 @@ def write_tensors(
 
 
 def write_tensor_file(path: Path, tensors: Iterable[Source]) -> None:
-    """One file of float32 tensors, written beside its place, flushed and renamed."""
+    """One file of float32 tensors, written beside its place, flushed and renamed; by the main process alone."""
+    if not is_main():
+        return _go_through(tensors)
     try:
         _write_file(_temporary(path), list(tensors), {"format": "pt"})
         os.replace(_temporary(path), path)
     finally:
         _temporary(path).unlink(missing_ok=True)
     flush_path(path.parent)
+
+
+def _go_through(tensors: Iterable[Source]) -> None:
+    for _, _, getter in list(tensors):
+        getter()
 
 
 def _split(tensors: list[Source], shard_bytes: float) -> list[list[Source]]:
@@ -280,9 +293,9 @@ def flush_path(path: Path) -> None:
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face's name -> shape of every parameter, in the order of the forward pass; matrices are [out, in]."""
-    hidden, width = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for number in range(config.num_layers):
         layer = f"model.layers.{number}"
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
@@ -294,14 +307,24 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         if config.output_bias:
             shapes[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = (width, hidden)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (width, hidden)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, width)
+        shapes |= _feed_forward_shapes(config, layer)
     shapes["model.norm.weight"] = (hidden,)
     if config.head == "score":
         shapes[SCORE] = (1, hidden)
     elif not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _feed_forward_shapes(config: DecoderConfig, layer: str) -> dict[str, tuple[int, ...]]:
+    inward, outward = (config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)
+    name = f"{layer}.{FAMILIES[config.model_type].feed_forward}"
+    if not config.num_experts:
+        return {f"{name}.{kind}_proj.weight": outward if kind == "down" else inward for kind in ("gate", "up", "down")}
+    shapes = {f"{name}.gate.weight": (config.num_experts, config.hidden_size)}
+    for number in range(config.num_experts):
+        for kind in ("w1", "w2", "w3"):
+            shapes[f"{name}.experts.{number}.{kind}.weight"] = outward if kind == "w2" else inward
     return shapes
 
 

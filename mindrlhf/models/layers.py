@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindrlhf.models import kernels
 from mindrlhf.models.adapters import Adapter
 from mindrlhf.models.collectives import GatherTokens
-from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.config import FAMILIES, DecoderConfig
 from mindrlhf.models.lora import Weights
 from mindrlhf.models.shard import Shard
 
@@ -143,12 +143,13 @@ class FeedForward(nn.Cell):
 class Layer(nn.Cell):
     """Attention and feed-forward, each normalised before and added to what came in."""
 
-    def __init__(self, config: DecoderConfig, name: str, make: Make):
+    def __init__(self, config: DecoderConfig, name: str, make: Make, feed_forward: type):
+        """feed_forward: FeedForward or Experts."""
         super().__init__(auto_prefix=False)
         self.input_layernorm = Norm(f"{name}.input_layernorm", make, config.norm_epsilon)
         self.self_attn = Attention(config, f"{name}.self_attn", make)
         self.post_attention_layernorm = Norm(f"{name}.post_attention_layernorm", make, config.norm_epsilon)
-        self.mlp = FeedForward(config, f"{name}.mlp", make)
+        self.mlp = feed_forward(config, f"{name}.{FAMILIES[config.model_type].feed_forward}", make)
 
     def construct(self, x, positions, segments, cos, sin, mask):
         x, key, value = self.self_attn(x, self.input_layernorm(x), positions, segments, cos, sin, mask)

@@ -125,7 +125,6 @@ def write_adapter(
     directory: Path, lora: Lora, base: str, tensors: Iterable[tuple[str, np.ndarray]], score: bool
 ) -> None:
     """What PEFT loads. `tensors` are Decoder.adapter_tensors; score: the model is a reward model."""
-    directory.mkdir(parents=True, exist_ok=True)
     values = {
         "base_model_name_or_path": base,
         "bias": "none",

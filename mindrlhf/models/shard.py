@@ -16,12 +16,20 @@ class Shard:
         self.layout, self.num_experts = layout, num_experts
         self.tensor, self.sequence = Group.of(layout, "tensor"), Group.of(layout, "sequence")
 
-    def cut(self, weights: Weights) -> Weights:
-        """Whole tensors by name -> this rank's slices of them."""
+    def holds(self, prefix: str) -> bool:
+        """Whether this rank has a part of the expert whose tensors' names begin so."""
+        return (
+            self.layout.box(f"{prefix}w1.weight", (self.tensor.size, 1), self.tensor.index, self.num_experts)
+            is not None
+        )
 
-        def slices(name: str) -> np.ndarray:
+    def cut(self, weights: Weights) -> Weights:
+        """Whole tensors by name -> this rank's slices of them; None where it holds nothing."""
+
+        def slices(name: str) -> np.ndarray | None:
             array = weights(name)
-            return array[self.layout.box(name, array.shape, self.tensor.index, self.num_experts)]
+            box = self.layout.box(name, array.shape, self.tensor.index, self.num_experts)
+            return None if box is None else array[box]
 
         return slices
 

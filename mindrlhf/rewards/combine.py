@@ -1,6 +1,7 @@
 """The weighted sum of several reward functions, and the check of everything that they return."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,16 @@ class Rewards:
     list, an array or anything with .tolist() of n numbers, or OpenRLHF's {"rewards": ..., "scores": ...,
     "extra_logs": {...}}. None in a list is TRL's "does not apply to this answer" and counts as 0.
 
-    A function may have two attributes: `concurrent`, true where it only waits for others and so may run beside the
-    rest, and `place`, what an error message calls it by instead of its file.
+    A function may have three attributes: `concurrent`, true where it only waits for others and so may run beside the
+    rest; `shared`, true where several processes are one model and all of them have to call it; and `place`, what an
+    error message calls it by instead of its file.
+
+    once, asks: where several processes compute the same rewards, `once` runs a function in one of them and gives all of
+    them what it returned, and `asks` is true in that one.
     """
+
+    once: Callable[[Callable[[], Any]], Any] = staticmethod(lambda run: run())
+    asks = True
 
     def __init__(self, parts: Sequence[tuple[str, Callable, float]]):
         if not parts:
@@ -61,12 +69,16 @@ class Rewards:
         waiting = {
             name: Background(_call, name, function, prompts, completions)
             for name, function, _ in self.parts
-            if getattr(function, "concurrent", False)
+            if self.asks and getattr(function, "concurrent", False)
         }
-        results = {
-            name: _call(name, function, prompts, completions) for name, function, _ in self.parts if name not in waiting
-        }
-        results |= {name: asked.result() for name, asked in waiting.items()}
+        results = {}
+        for name, function, _ in sorted(self.parts, key=lambda part: getattr(part[1], "concurrent", False)):
+            if getattr(function, "shared", False):
+                results[name] = _call(name, function, prompts, completions)
+            elif getattr(function, "concurrent", False):
+                results[name] = self.once(lambda name=name: waiting[name].result())
+            else:
+                results[name] = self.once(partial(_call, name, function, prompts, completions))
         for name, function, weight in self.parts:
             values = _columns(name, function, results[name], completions)
             total += weight * values[name]

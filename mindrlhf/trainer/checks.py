@@ -3,6 +3,7 @@
 from mindrlhf.config import OnlineConfig
 from mindrlhf.errors import UserError
 from mindrlhf.trainer.loop import check_numbers
+from mindrlhf.utils.parallel import world
 
 
 def check_online(config: OnlineConfig, dynamic_sampling: bool) -> None:
@@ -24,6 +25,8 @@ def check_online(config: OnlineConfig, dynamic_sampling: bool) -> None:
         ("algorithm.epochs_per_rollout", algorithm.epochs_per_rollout, algorithm.epochs_per_rollout > 0, "1 or more"),
         ("algorithm.updates_per_epoch", algorithm.updates_per_epoch, algorithm.updates_per_epoch > 0, "1 or more"),
         ("rollout.max_turns", rollout.max_turns, rollout.max_turns > 0, "1 or more"),
+        ("rollout.asynchronous", rollout.asynchronous, not rollout.asynchronous or world().size == 1,
+         "false with several processes: their generation and training would exchange messages out of order"),
         ("rollout.partial_tokens", rollout.partial_tokens, rollout.partial_tokens >= 0, "0 (off) or more"),
         ("rollout.partial_tokens", rollout.partial_tokens, not (rollout.partial_tokens and rollout.environment),
          "0 with an environment: one in the middle of a conversation cannot be saved"),
@@ -40,6 +43,8 @@ def check_online(config: OnlineConfig, dynamic_sampling: bool) -> None:
         ("algorithm.kl_horizon", algorithm.kl_horizon, algorithm.kl_horizon > 0, "over 0"),
         ("algorithm.missing_stop_penalty", algorithm.missing_stop_penalty, algorithm.missing_stop_penalty >= 0,
          "0 (off) or more: it is subtracted"),
+        ("memory.swap", config.memory.swap, not (config.memory.swap and rollout.asynchronous),
+         "false with rollout.asynchronous: generation and training need their models at the same time"),
         ("pretraining.coef", pretraining.coef, pretraining.coef >= 0, "0 (off) or more"),
         ("pretraining.batch_size", pretraining.batch_size, pretraining.batch_size > 0, "1 or more"),
         ("evaluation.num_generations", evaluation.num_generations, evaluation.num_generations > 0, "1 or more"),

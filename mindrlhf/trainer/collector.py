@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,13 @@ from mindrlhf.rewards import Rewards
 from mindrlhf.rewards.remote import Background
 from mindrlhf.trainer.algorithms import Resolved
 from mindrlhf.trainer.episodes import PartialRollouts, describe, play
+from mindrlhf.trainer.layouts import generation_layout
 from mindrlhf.trainer.loop import mean
 from mindrlhf.trainer.roles import Policy
 from mindrlhf.types import Prompt, Rollout
+from mindrlhf.utils.memory import give_back
+from mindrlhf.utils.parallel import from_main, is_main
+from mindrlhf.utils.swap import Memory
 from mindrlhf.wrapper.generator import Generator
 from mindrlhf.wrapper.sampling import mix
 
@@ -37,9 +42,15 @@ class Collector:
     """Draws prompts, samples `num_generations` answers to each and rewards them."""
 
     def __init__(
-        self, config: OnlineConfig, algorithm: Resolved, policy: Policy, prompts: PromptDataset, rewards: Rewards | None
+        self,
+        config: OnlineConfig,
+        algorithm: Resolved,
+        policy: Policy,
+        prompts: PromptDataset,
+        rewards: Rewards | None,
+        memory: Memory,
     ):
-        """rewards: None where the environment's are all there are."""
+        """rewards: None where the environment's are all there are. memory: gets the roles that answers need."""
         rollout = config.rollout
         self.config, self.algorithm, self.policy = config, algorithm, policy
         self.prompts, self.rewards = prompts, rewards
@@ -48,20 +59,42 @@ class Collector:
         self.make_environment = load_environment(rollout.environment, Path()) if rollout.environment else None
         self.partial = PartialRollouts(rollout.partial_tokens) if rollout.partial_tokens else None
         decoder, longest = policy.decoder, rollout.sampling.max_tokens
-        self.generator = Generator(decoder, rollout.slots, rollout.max_prompt_tokens, longest)
+        layout = generation_layout(rollout.parallel, decoder.layout)
+        layout.check(decoder.config, "rollout.parallel")
+        self.generator = Generator(
+            decoder, rollout.slots, rollout.max_prompt_tokens, longest, layout=layout, check_sync=rollout.check_sync
+        )
+        if self.rewards:  # functions and servers are asked once, models in every process
+            self.rewards.once, self.rewards.asks = from_main, is_main()
         self.find_stop_ids()
+        self.memory = memory
+        self._add_roles()
         # Asynchronous rollouts: the next step's experience, and the rest of the state as it was before.
         self._pending: Background | None = None
         self._before_pending: dict[str, Any] = {}
+
+    def _add_roles(self) -> None:
+        generator, parts = self.generator, self.rewards.parts if self.rewards else ()
+        weights, caches = generator.parameters, generator.caches
+        scoring = [p for _, function, _ in parts for p in getattr(function, "parameters", ())]
+        if self.config.rollout.asynchronous:  # needed all the time
+            self.memory.add("generator", weights)
+            self.memory.add("kv_cache", caches)
+        else:
+            self.memory.add("generator", weights, release=generator.release)
+            self.memory.add("kv_cache", caches, release=lambda: give_back(caches))
+        self.memory.add("reward_model", scoring, changing=())
+
+    def _phase(self, name: str, *roles: str) -> AbstractContextManager[None]:
+        """Of the memory. In a thread of its own a collector has none: what it needs stays."""
+        return nullcontext() if self.config.rollout.asynchronous else self.memory.phase(name, *roles)
 
     def next(self, step: int, prompts_per_step: int, num_generations: int, more: bool) -> Experience:
         """A step's experience, with the policy as it is; asynchronously with the policy as it was a step before, and
         then the next step's is begun, if there will be `more`."""
         if not self.config.rollout.asynchronous:
             self.sync()
-            experience = self._collect(step, prompts_per_step, num_generations)
-            self.generator.release()  # training needs the memory; the next sync writes all of it anew
-            return experience
+            return self._collect(step, prompts_per_step, num_generations)
         pending, self._pending = self._pending, None
         if pending is None:
             self.sync()
@@ -78,7 +111,8 @@ class Collector:
         """Generate with these weights from now on, by default with the policy's; what is being generated ends first."""
         if self._pending:
             self._pending.error()
-        self.generator.sync(weights)
+        with self._phase("sync", "policy", "generator"):
+            self.generator.sync(weights)
 
     def find_stop_ids(self) -> None:
         """What ends an answer, or a turn: the policy's own tokens, the config's and the environment's."""
@@ -109,17 +143,19 @@ class Collector:
 
     def groups(self, prompts: Sequence[Prompt], count: int, sampling: SamplingConfig, seed: int) -> list[Group]:
         """`count` rewarded answers to each prompt."""
-        if self.make_environment:
-            turns, tokenizer = self.config.rollout.max_turns, self.policy.tokenizer
-            answers = play(self.generator, tokenizer, prompts, count, sampling, seed, self.make_environment, turns)
-        else:
-            answers = self.generator.generate(prompts, count, sampling, seed)
+        turns, tokenizer = self.config.rollout.max_turns, self.policy.tokenizer
+        with self._phase("generate", "generator", "kv_cache"):
+            if self.make_environment:
+                answers = play(self.generator, tokenizer, prompts, count, sampling, seed, self.make_environment, turns)
+            else:
+                answers = self.generator.generate(prompts, count, sampling, seed)
         return self._rewarded_groups(prompts, count, answers, sampling.max_tokens)
 
     def _advanced(self, prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Group]]:
         """Begins answers to the prompts and goes on with unfinished ones: the prompts and groups that got complete."""
         sampling = self.config.rollout.sampling
-        complete = self.partial.advance(self.generator, prompts, count, sampling, seed)
+        with self._phase("generate", "generator", "kv_cache"):
+            complete = self.partial.advance(self.generator, prompts, count, sampling, seed)
         begun = [prompt for prompt, _ in complete]
         answers = [answer for _, group in complete for answer in group]
         return begun, self._rewarded_groups(begun, count, answers, sampling.max_tokens)
@@ -133,7 +169,8 @@ class Collector:
     def _rewarded(self, prompts: Sequence[Prompt], answers: Sequence[Rollout], max_tokens: int) -> list[Rollout]:
         if not answers:
             return []
-        totals, parts = self.rewards(prompts, self.texts(answers)) if self.rewards else (np.zeros(len(answers)), {})
+        with self._phase("rewards", "generator", "reward_model"):  # the generator may have to go on
+            totals, parts = self.rewards(prompts, self.texts(answers)) if self.rewards else (np.zeros(len(answers)), {})
         config, rewarded = self.config.algorithm, []
         for i, answer in enumerate(answers):
             own = {name: float(values[i]) for name, values in parts.items()}

@@ -8,6 +8,7 @@ from mindspore import nn
 
 from mindrlhf.config import KDConfig
 from mindrlhf.errors import UserError
+from mindrlhf.trainer.layouts import scoring_layout
 from mindrlhf.trainer.offline import TEST, TRAIN
 from mindrlhf.trainer.roles import open_checkpoint
 from mindrlhf.trainer.supervised import SFTTrainer
@@ -45,7 +46,7 @@ class KDTrainer(SFTTrainer):
             )
         if settings.on_policy:
             self._check_sampling()
-        teacher = open_checkpoint(settings.teacher, head="logits")
+        teacher = open_checkpoint(settings.teacher, head="logits", layout=student.decoder.layout)
         if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
             raise UserError(
                 f"distillation.teacher: {settings.teacher} has another vocabulary than the student; take a teacher "
@@ -93,7 +94,9 @@ class KDTrainer(SFTTrainer):
     def _generator(self) -> Generator:
         stop = self.policy.stop_ids(self.config.sampling.stop)
         slots = min(self.config.training.batch_size, 64)  # they are refilled
-        return Generator(self.policy.decoder, slots, self._longest_prompt, self.config.sampling.max_tokens, stop)
+        decoder, longest = self.policy.decoder, self.config.sampling.max_tokens
+        layout = scoring_layout(decoder.layout)
+        return Generator(decoder, slots, self._longest_prompt, longest, stop, layout=layout)
 
     @cached_property
     def _longest_prompt(self) -> int:

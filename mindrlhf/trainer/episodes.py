@@ -15,7 +15,9 @@ from mindrlhf.data.tokenizers import encode
 from mindrlhf.environments import open_environment, take_turn
 from mindrlhf.errors import UserError
 from mindrlhf.types import Prompt, Rollout
-from mindrlhf.wrapper.generator import Continuation, Generator, answer_key, first_samples
+from mindrlhf.utils.parallel import from_main
+from mindrlhf.wrapper.answering import Continuation, answer_key, first_samples
+from mindrlhf.wrapper.generator import Generator
 
 
 @dataclass
@@ -25,7 +27,8 @@ class Episode:
     prompt_ids: np.ndarray  # [P] int32, the text of the environment's reset included
     key: int  # of its draws
     group: int
-    environment: Any = None
+    environment: Any = None  # it is stepped in the main process, and answers have it there only
+    has_environment: bool = False
     response: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # 0 where an environment wrote
     sampled: list[bool] = field(default_factory=list)
@@ -53,7 +56,7 @@ class Episode:
 
     def rollout(self) -> Rollout:
         """sampled and token_rewards are None without an environment."""
-        with_environment = self.environment is not None
+        with_environment = self.has_environment
         return Rollout(
             prompt_ids=self.prompt_ids,
             response_ids=np.array(self.response, np.int32),
@@ -85,22 +88,32 @@ def play(
 
     Raises UserError for mistakes of the environment, and what Generator.generate raises.
     """
-    episodes = []
+    episodes, environments = [], []
+    texts = iter(from_main(lambda: _opened(make_environment, prompts, count, environments)))
     for group, (prompt, first) in enumerate(zip(prompts, first_samples(prompts, count), strict=True)):
         for sample in range(first, first + count):
-            environment, text = open_environment(make_environment, prompt)
+            text, environment = next(texts), environments[len(episodes)] if environments else None
             ids = np.concatenate([prompt.ids, *encode(tokenizer, [text] if text else [])])
             if len(ids) > generator.max_prompt_tokens:
                 raise UserError(
                     f"prompt {prompt.key} and the text of the environment's reset have {len(ids)} tokens; the window "
                     f"takes 1 to {generator.max_prompt_tokens} (rollout.max_prompt_tokens)"
                 )
-            episodes.append(Episode(ids, answer_key(seed, prompt.key, sample), group, environment))
+            episodes.append(Episode(ids, answer_key(seed, prompt.key, sample), group, environment, True))
     for turn in range(1, max_turns + 1):
         going_on = [episode for episode in episodes if not episode.ended]
         came_to_end = _extend(generator, going_on, sampling, sampling.max_tokens)
         _step(tokenizer, came_to_end, sampling.max_tokens, turn == max_turns)
     return [episode.rollout() for episode in episodes]
+
+
+def _opened(
+    make_environment: Callable[[], Any], prompts: Sequence[Prompt], count: int, environments: list[Any]
+) -> list[str]:
+    """An environment for each answer, added to the list; returns what each says before the first turn."""
+    opened = [open_environment(make_environment, prompt) for prompt in prompts for _ in range(count)]
+    environments += [environment for environment, _ in opened]
+    return [text for _, text in opened]
 
 
 def _extend(generator: Generator, episodes: Sequence[Episode], sampling: SamplingConfig, most: int) -> list[tuple]:
@@ -128,8 +141,10 @@ def _extend(generator: Generator, episodes: Sequence[Episode], sampling: Samplin
 def _step(tokenizer: Any, turns: Sequence[tuple], max_tokens: int, is_last: bool) -> None:
     """Show the turns to their environments and append what these say."""
     texts = tokenizer.batch_decode([ids for _, ids in turns], skip_special_tokens=True)
-    for (episode, _), text in zip(turns, texts, strict=True):
-        observation, reward, done = take_turn(episode.environment, text)
+    said = from_main(
+        lambda: [take_turn(episode.environment, text) for (episode, _), text in zip(turns, texts, strict=True)]
+    )
+    for (episode, _), (observation, reward, done) in zip(turns, said, strict=True):
         episode.rewards[-1] = reward
         ids = encode(tokenizer, [observation])[0].tolist() if observation else []
         if done or is_last or len(episode.response) + len(ids) >= max_tokens:

@@ -7,6 +7,7 @@ from mindrlhf.config import GRPOConfig
 from mindrlhf.errors import UserError
 from mindrlhf.rewards import Rewards
 from mindrlhf.trainer.algorithms import ALGORITHMS
+from mindrlhf.trainer.layouts import training_layout
 from mindrlhf.trainer.online import OnlineTrainer
 from mindrlhf.trainer.published import (
     PromptBatches,
@@ -58,7 +59,8 @@ class GRPOTrainer(OnlineTrainer):
             ):
                 if other is not None:
                     check_same("sft_model_config_train", sft_model_config_train, name, other)
-            policy = described_policy(sft_model_config_train, tokenizer, config.seed, "sft_model_config_train")
+            layout = training_layout(config)
+            policy = described_policy(sft_model_config_train, tokenizer, config.seed, "sft_model_config_train", layout)
         super().__init__(config, policy, rewards)
         self.prompt_dataset = PromptBatches(len(self.prompts), config.rollout.prompts_per_step)
         if policy is not None and self.needs_reference:

@@ -38,10 +38,10 @@ def evaluate_kl(collector: Collector, prompts: Sequence[Prompt], ref: Scorer, kl
     top-k, top-p and min-p are off.
     """
     answers = _answers(collector, prompts, 1, collector.config.rollout.sampling)
-    packing = pack(answers, collector.config)
-    kl = answer_kl(
-        [answer.sampled_logprobs[answer.is_sampled] for answer in answers], packing.collect(ref.score(packing.batches))
-    )
+    packing = pack(answers, collector.config, collector.policy.decoder.layout)
+    with collector.memory.phase("score reference", "reference"):
+        scores = packing.collect(ref.score(packing.batches))
+    kl = answer_kl([answer.sampled_logprobs[answer.is_sampled] for answer in answers], scores)
     reward = mean([answer.reward for answer in answers])
     return {"sampled_reward": reward, "kl": kl, "reward_minus_kl": reward - kl_coef * kl}
 

@@ -16,14 +16,16 @@ from mindrlhf.trainer.best import Best
 from mindrlhf.trainer.roles import Policy, check_same_tokens, open_checkpoint
 from mindrlhf.utils.checkpoint import Checkpoints
 from mindrlhf.utils.logging import RunLog
+from mindrlhf.utils.parallel import from_main, is_main, world
 from mindrlhf.utils.progress import Progress
 from mindrlhf.wrapper.scorer import Scorer
 from mindrlhf.wrapper.train_step import TrainStep
 
 # What may differ between the run that saved a checkpoint and the one that resumes it.
-RESUMABLE = ("output", "logging.", "trainer.steps", "trainer.epochs", "trainer.save_every", "trainer.evaluate_every",
-             "trainer.keep_checkpoints", "trainer.best", "trainer.best_is", "trainer.patience",
-             "trainer.resume", "rewards[].urls", "rewards[].timeout", "rewards[].retries")  # fmt: skip
+RESUMABLE = ("output", "logging.", "memory.", "parallel.", "rollout.parallel.", "rollout.check_sync", "trainer.steps",
+             "trainer.epochs", "trainer.save_every", "trainer.evaluate_every", "trainer.keep_checkpoints",
+             "trainer.best", "trainer.best_is", "trainer.patience", "trainer.resume", "rewards[].urls",
+             "rewards[].timeout", "rewards[].retries")  # fmt: skip
 
 
 class Trainer(ABC):
@@ -72,15 +74,15 @@ class Trainer(ABC):
         if fresh and not model.reference:
             if not self.starts_at_path:
                 self._save()  # step 0: a resumed run takes the reference from it
-            return Scorer(Decoder(self.policy.decoder.config, self.policy.decoder.weights), temperature)
+            return self.copy_scorer(temperature)
         directory = model.reference or (str(first) if first.is_dir() else model.path)
         if not directory:
             raise UserError(f"{first}: is gone, and with it the reference policy; start anew with another output=")
-        opened = open_checkpoint(directory, head="logits")
+        opened = open_checkpoint(directory, head="logits", layout=self.policy.decoder.layout)
         check_same_tokens(self.policy.tokenizer, opened.tokenizer, f"model.reference: {directory}")
         reference = opened.decoder
         if reference.lora:  # merged, as a fresh run has it, to the bit
-            reference = Decoder(reference.config, reference.weights)
+            reference = Decoder(reference.config, reference.weights, layout=reference.layout)
         for name, theirs, least in (
             ("logits", reference.config.vocab_size, self.policy.decoder.config.vocab_size),
             ("positions", reference.config.max_positions, longest),
@@ -88,6 +90,11 @@ class Trainer(ABC):
             if theirs < least or (name == "logits" and theirs != least):
                 raise UserError(f"model.reference: {directory} has {theirs} {name}, {least} are needed; take another")
         return Scorer(reference, temperature)
+
+    def copy_scorer(self, temperature: float) -> Scorer:
+        """Of the policy as it is now, adapters merged."""
+        decoder = self.policy.decoder
+        return Scorer(Decoder(decoder.config, decoder.weights, layout=decoder.layout), temperature)
 
     def close(self, log: RunLog) -> dict[str, Any]:  # noqa: B027 - a hook
         """Called behind the last evaluation: more for the summary."""
@@ -104,10 +111,10 @@ class Trainer(ABC):
     def save_checkpoint(self, rank_id: int = 0, epoch: int | None = None) -> Path:
         """Weights, optimizer, step, data position and seed of now, as output/checkpoints/step-N.
 
-        rank_id is the process's number; with one process it is 0. epoch is the program's own count, which the
-        checkpoint does not need: N is the step.
+        rank_id is the process's number. epoch is the program's own count, which the
+        checkpoint does not need: N is the step. All processes call it.
         """
-        refuse_rank(rank_id)
+        check_rank(rank_id)
         return self._save()
 
     def _save(self, state: dict[str, Any] | None = None) -> Path:
@@ -145,14 +152,15 @@ class Trainer(ABC):
         directory holds another run."""
         steps = self.checkpoints.steps()
         recorded = self.output / "config.yaml"
-        if not steps and not recorded.exists():
+        known = from_main(lambda: recorded.read_text(encoding="utf-8") if recorded.exists() else None)
+        if not steps and known is None:
             return False
         if self.config.trainer.resume == "never":
             raise UserError(
                 f"{self.output}: holds a run already; set output= to another directory, remove it, or go on with "
                 "trainer.resume=auto"
             )
-        changed = difference(recorded.read_text(encoding="utf-8"), config_to_yaml(self.config), RESUMABLE)
+        changed = difference(known, config_to_yaml(self.config), RESUMABLE)
         if changed:
             raise UserError(
                 f"{self.output}: holds a run with another configuration ({changed}); set output= to another directory, "
@@ -175,10 +183,10 @@ class Trainer(ABC):
         resumed = self.resume()
         total, logging = self.total_steps(), self.config.logging
         finished = self.output / "summary.json"
-        if resumed and (self.step >= total or self._is_stopped) and finished.is_file():
-            return read_json(finished)  # nothing to do, nothing to overwrite
+        if resumed and (self.step >= total or self._is_stopped) and from_main(finished.is_file):
+            return from_main(lambda: read_json(finished))  # nothing to do, nothing to overwrite
         with RunLog(self.output, logging, config_to_yaml(self.config), self._recorded) as log:
-            if resumed:
+            if resumed and is_main():
                 print(f"resumed from {self.checkpoints.path(self.step)}")
             else:
                 self.prepare(log)
@@ -272,10 +280,12 @@ class Trainer(ABC):
         return {"best": {**found, "evaluations_since": best.worse}, "stopped_early": self.step < total}
 
 
-def refuse_rank(rank_id: int) -> None:
-    """Raises UserError for the number of a process that is not the only one."""
-    if rank_id:
-        raise UserError(f"rank_id {rank_id}: several processes are not supported yet; start one")
+def check_rank(rank_id: int) -> None:
+    """Raises UserError where that is not this process's number."""
+    if rank_id not in (0, world().rank):
+        raise UserError(
+            f"rank_id {rank_id}: this is process {world().rank} of {world().size}; pass its number, or none"
+        )
 
 
 def prefixed(prefix: str, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

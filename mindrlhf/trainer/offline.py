@@ -15,11 +15,11 @@ from mindrlhf.data.packing import Packing, row_width
 from mindrlhf.data.prompts import PromptOrder
 from mindrlhf.errors import UserError
 from mindrlhf.schedules import learning_rate
+from mindrlhf.trainer.layouts import row_multiple, training_layout
 from mindrlhf.trainer.loop import Trainer, check_numbers
 from mindrlhf.trainer.roles import Policy, open_policy
 from mindrlhf.types import Conversation
 from mindrlhf.utils.logging import RunLog
-from mindrlhf.utils.parallel import start
 from mindrlhf.wrapper.train_step import TrainStep
 
 TRAIN, TEST = "train", "test"
@@ -45,8 +45,7 @@ class OfflineTrainer(Trainer):
             raise UserError("model.reference: this job has no reference policy; remove it")
         if config.data.margin_key and not self.has_margins:
             raise UserError("data.margin_key: only reward models have a margin; remove it")
-        start()
-        self.policy = policy or open_policy(config.model, config.seed, self.head)
+        self.policy = policy or open_policy(config.model, config.seed, self.head, training_layout(config))
         window = self.policy.decoder.config.max_positions
         self.max_tokens = config.training.max_tokens or window
         if self.max_tokens > window:
@@ -63,7 +62,10 @@ class OfflineTrainer(Trainer):
     def train_step(self) -> TrainStep:
         """Made at its first use: who only wants the stage's batches and objective does not pay for an optimizer."""
         dropout = self.policy.decoder.set_dropout
-        return TrainStep(self.objective, self.policy.trainable, self.config.optimizer, dropout, self.config.seed)
+        return TrainStep(
+            self.objective, self.policy.trainable, self.config.optimizer, dropout, self.config.seed,
+            shard=self.policy.decoder.shard,
+        )  # fmt: skip
 
     def check(self) -> None:
         """What no single field of the config shows. Raises UserError."""
@@ -111,7 +113,7 @@ class OfflineTrainer(Trainer):
                 f"trainer.row_tokens: {asked}, but one example can need {self.longest} tokens; raise it, or "
                 "set it to 0: as needed"
             )
-        return asked or row_width(self.longest)
+        return row_multiple(asked or row_width(self.longest), self.policy.decoder.layout)
 
     # -- the run ----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import nn
 
 from mindrlhf.advantages import adaptive_kl_coef
-from mindrlhf.config import OnlineConfig, SFTConfig, SourceConfig, TrainerConfig, TrainingConfig
+from mindrlhf.config import OnlineConfig, TrainerConfig, TrainingConfig
 from mindrlhf.data.packing import Packing
 from mindrlhf.data.prompts import PromptDataset
 from mindrlhf.errors import UserError
@@ -22,16 +22,18 @@ from mindrlhf.trainer.checks import check_online
 from mindrlhf.trainer.collector import Collector
 from mindrlhf.trainer.credit import Credit, Scores, assign, mismatch_metrics
 from mindrlhf.trainer.held_out import answer_kl, evaluate_greedy, evaluate_kl, evaluate_sampled
-from mindrlhf.trainer.loop import Trainer, mean, prefixed, refuse_rank
+from mindrlhf.trainer.layouts import scoring_layout, training_layout
+from mindrlhf.trainer.loop import Trainer, check_rank, mean, prefixed
 from mindrlhf.trainer.offline import TRAIN
 from mindrlhf.trainer.reward_parts import open_rewards
 from mindrlhf.trainer.roles import Policy, open_policy
-from mindrlhf.trainer.supervised import SFTTrainer
+from mindrlhf.trainer.supervised import pretraining_stage, stage_on
 from mindrlhf.trainer.updates import Update, chunks, make_update, pack
 from mindrlhf.types import PolicyBatch, Rollout
 from mindrlhf.utils.logging import RunLog
-from mindrlhf.utils.parallel import start
+from mindrlhf.utils.parallel import is_main
 from mindrlhf.utils.progress import Progress
+from mindrlhf.utils.swap import Memory
 from mindrlhf.wrapper.policy_objectives import PolicyObjective
 from mindrlhf.wrapper.scorer import Scorer
 from mindrlhf.wrapper.train_step import StepResult, TrainStep
@@ -46,30 +48,53 @@ class OnlineTrainer(Trainer):
 
     def __init__(self, config: OnlineConfig, policy: Policy | None = None, rewards: Rewards | None = None):
         self.config = config
-        start()
+        layout = policy.decoder.layout if policy else training_layout(config)
         self.algorithm = resolve(config.algorithm, config.rollout)
         check_online(config, self.algorithm.dynamic_sampling)
         if rewards is None and (config.rewards or not config.rollout.environment):
-            rewards = open_rewards(config.rewards, Path())
-        self.policy = policy or open_policy(config.model, config.seed)
+            rewards = open_rewards(config.rewards, Path(), scoring_layout(layout))
+        self.policy = policy or open_policy(config.model, config.seed, layout=layout)
         self.prompts, self.held_out = self._read(config.data.train), self._read(config.data.test)
         if not len(self.prompts):
             raise UserError("data.train: no file is named; online training needs prompts")
-        self.pretraining = _pretraining(config, self.policy)  # first: its rows may bring a stop token
-        self.collector = Collector(config, self.algorithm, self.policy, self.prompts, rewards)
+        self.pretraining = pretraining_stage(config, self.policy)  # first: its rows may bring a stop token
+        self.memory = Memory(config.memory)
+        self.collector = Collector(config, self.algorithm, self.policy, self.prompts, rewards, self.memory)
         auxiliary = self.pretraining and self.pretraining.objective
         self.train_step = TrainStep(
-            self.make_objective(), self.trained_parameters(), config.optimizer, auxiliary=auxiliary
-        )
+            self.make_objective(), self.trained_parameters(), config.optimizer, auxiliary=auxiliary,
+            shard=self.policy.decoder.shard,
+        )  # fmt: skip
         decay = config.algorithm.ema_decay
         if decay and self.policy.decoder.lora:
             raise UserError("algorithm.ema_decay: must be 0 with adapters: the average is of whole weights")
-        self.average = WeightAverage(self.policy.trainable, decay) if decay else None
-        self.scorer: Scorer | None = None  # of the reference policy, where there is a KL to it
+        self.average = WeightAverage(self.policy.trainable, decay, self.policy.decoder.shard) if decay else None
+        self._scorer: Scorer | None = None
         self.old_scorer = Scorer(self.policy.decoder, self.algorithm.loss.temperature)
         self.kl_coef = self.algorithm.kl_coef
         self.rollouts: list[Rollout] = []
         self.experience: dict[str, float] = {}  # metrics of self.rollouts
+        self._add_roles()
+
+    def _add_roles(self) -> None:
+        """What is trained. With swap it leaves here, so the policy comes last: the others are made from it."""
+        add, step, trained = self.memory.add, self.train_step, self.trained_parameters()
+        add("policy_optimizer", step.moments)
+        add("policy_gradients", step.gradients, release=step.release)
+        if self.average:
+            add("average", self.average.averages)
+        every = {id(parameter): parameter for parameter in (*self.policy.decoder.get_parameters(), *trained)}
+        add("policy", list(every.values()), changing=trained)
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """Of the reference policy, where there is a KL to it."""
+        return self._scorer
+
+    @scorer.setter
+    def scorer(self, scorer: Scorer | None) -> None:
+        self._scorer = scorer
+        self.memory.add("reference", list(scorer.decoder.get_parameters()) if scorer else [], changing=())
 
     def _read(self, sources) -> PromptDataset:
         config = self.config
@@ -84,8 +109,8 @@ class OnlineTrainer(Trainer):
         """By the policy's train step."""
         return self.policy.trainable
 
-    def values(self, packing: Packing, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        """The critic's, [S] an answer; zeros without a critic."""
+    def values(self, packings: Sequence[Packing], rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """The critic's, [S] an answer; zeros without a critic. The packings hold the rollouts in their order."""
         return [np.zeros(int(rollout.is_sampled.sum()), np.float32) for rollout in rollouts]
 
     def train_once(self, train_step: TrainStep, update: Update, rate: float) -> StepResult | None:
@@ -96,6 +121,7 @@ class OnlineTrainer(Trainer):
 
     def run_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         clock = time.time()
+        self.memory.start_step()
         self.make_experience()
         generated = time.time()
         dataset = self.make_dataset()
@@ -103,7 +129,7 @@ class OnlineTrainer(Trainer):
         metrics = self.train(self.train_step, dataset)
         now = time.time()
         tokens = sum(len(rollout.response_ids) for rollout in self.rollouts)
-        metrics = self.experience | metrics | {
+        metrics = self.experience | metrics | self.memory.finish_step() | {
             "tokens_per_second": tokens / (now - clock),
             "seconds/experience": generated - clock,
             "seconds/scores": scored - generated,
@@ -119,9 +145,9 @@ class OnlineTrainer(Trainer):
         """Sample and reward the step's groups, into self.rollouts.
 
         num_generations: answers a prompt, num_rollouts: answers a step, rounded up to whole groups; the config's where
-        None. rank_id is the process's number; with one process it is 0.
+        None. rank_id is the process's number. All processes call it, and get all answers.
         """
-        refuse_rank(rank_id)
+        check_rank(rank_id)
         rollout = self.config.rollout
         count = num_generations or rollout.num_generations
         prompts = -(-num_rollouts // count) if num_rollouts else rollout.prompts_per_step
@@ -136,7 +162,7 @@ class OnlineTrainer(Trainer):
         """
         config, algorithm = self.config, self.algorithm
         parts = chunks(self.rollouts, config.algorithm.updates_per_epoch)
-        packings = [pack(part, config) for part in parts]
+        packings = [pack(part, config, self.policy.decoder.layout) for part in parts]
         scores = self._score(parts, packings)
         rollouts = [rollout for part in parts for rollout in part]
         credit = assign(rollouts, scores, algorithm, config.algorithm, self.kl_coef)
@@ -154,17 +180,17 @@ class OnlineTrainer(Trainer):
         """Without rescoring, what generation saw is what the policy was: on one engine they are the same. Without a
         reference the KL has weight 0 and its field holds the old log-probs."""
         if self.needs_reference and self.scorer is None:  # a program's own loop: nobody has called `prepare`
-            decoder = self.policy.decoder
-            self.scorer = Scorer(Decoder(decoder.config, decoder.weights), self.algorithm.loss.temperature)
-        scores = Scores([], [], [], [])
-        for part, packing in zip(parts, packings, strict=True):
-            sampled = [rollout.sampled_logprobs[rollout.is_sampled] for rollout in part]
-            rescore = self.algorithm.rescore
-            old = packing.collect(self.old_scorer.score(packing.batches)) if rescore else sampled
-            ref = packing.collect(self.scorer.score(packing.batches)) if self.scorer else old
-            for field, values in zip(scores, (sampled, old, ref, self.values(packing, part)), strict=True):
-                field += values
-        return scores
+            with self.memory.phase("start", "policy"):
+                self.scorer = self.copy_scorer(self.algorithm.loss.temperature)
+        rollouts = [rollout for part in parts for rollout in part]
+        old = ref = sampled = [rollout.sampled_logprobs[rollout.is_sampled] for rollout in rollouts]
+        if self.algorithm.rescore:
+            with self.memory.phase("score policy", "policy"):
+                old = ref = _logprobs(self.old_scorer, packings)
+        if self.scorer:
+            with self.memory.phase("score reference", "reference"):
+                ref = _logprobs(self.scorer, packings)
+        return Scores(sampled, old, ref, self.values(packings, rollouts))
 
     def describe_scores(self, scores: Scores, credit: Credit) -> dict[str, float]:
         """Metrics of a step's scores and advantages."""
@@ -182,12 +208,11 @@ class OnlineTrainer(Trainer):
         config = self.config.algorithm
         rate = self.rate(config.learning_rate, self.first_policy_step)
         results = []
-        for _ in range(config.epochs_per_rollout):
-            for update in dataset:
+        with self.memory.phase("train policy", "policy", "policy_optimizer", "policy_gradients", "average"):
+            for update in dataset * config.epochs_per_rollout:
                 results.append(self.train_once(train_step, update, rate))
                 if self.average:
                     self.average.update()
-        train_step.release()
         self.step += 1
         if config.kl_target and self.scorer and any(results):
             kl = self.experience["kl_per_answer"]
@@ -239,10 +264,13 @@ class OnlineTrainer(Trainer):
 
     def prepare(self, log: RunLog) -> None:
         if self.config.warmup.steps:
-            self._warm_up(log)
-        self.warmed_up()
+            with self.memory.phase("warm-up", "policy"):
+                self._warm_up(log)
+        with self.memory.phase("start", "policy", "average", "critic"):
+            self.warmed_up()
         if self.needs_reference and self.scorer is None:
-            self.scorer = self._reference_scorer(fresh=True)
+            with self.memory.phase("start", "policy"):
+                self.scorer = self._reference_scorer(fresh=True)
 
     def warmed_up(self) -> None:
         """The policy is as online training begins with it; what copies it does so now."""
@@ -268,7 +296,7 @@ class OnlineTrainer(Trainer):
         if not warmup.train:
             raise UserError("warmup.train: no file is named; set it, or warmup.steps=0")
         training = TrainingConfig(warmup.batch_size, warmup.learning_rate, "cosine", warmup.warmup_steps)
-        trainer = _supervised(config, self.policy, warmup.train, training, TrainerConfig(steps=warmup.steps))
+        trainer = stage_on(config, self.policy, warmup.train, training, TrainerConfig(steps=warmup.steps))
         with Progress(warmup.steps, 0, "warm-up", config.logging.progress) as progress:
             for number in range(1, warmup.steps + 1):
                 metrics, _ = trainer.run_step()
@@ -290,13 +318,21 @@ class OnlineTrainer(Trainer):
         if evaluation.kl:
             values |= evaluate_kl(collector, prompts, self.scorer, self.kl_coef)
         if self.average:
-            collector.sync(self.average.over(self.policy.decoder.weights))
+            with self.memory.phase("sync", "policy", "average"):
+                collector.sync(self.average.over(self.policy.decoder.own_weights))
             averaged, _ = evaluate_greedy(collector, prompts)
             values |= {f"average/{name}": value for name, value in averaged.items()}
         return values
 
     def close(self, log: RunLog) -> dict[str, Any]:
         """Three held-out problems with their answers."""
+        if is_main():
+            self.memory.write(self.output)
+        samples = self._samples()
+        with self.memory.phase("end", "policy"):  # for whoever goes on with it
+            return samples
+
+    def _samples(self) -> dict[str, Any]:
         if not len(self.held_out):
             return {}
         if not getattr(self, "evaluated", None):
@@ -328,41 +364,35 @@ class OnlineTrainer(Trainer):
             self.scorer = self._reference_scorer(fresh=False)
 
     def load(self, directory: Path) -> None:
-        super().load(directory)
+        with self.memory.phase("load", "policy"):
+            super().load(directory)
         self.collector.find_stop_ids()
 
     def write(self, directory: Path) -> None:
-        super().write(directory)
-        if self.average:
-            decoder = self.policy.decoder
-            averaged = Decoder(decoder.config, self.average.over(decoder.weights))
-            replace(self.policy, decoder=averaged).write(directory / "average")
+        with self.memory.phase("checkpoint", "policy", "average"):
+            super().write(directory)
+            if self.average:
+                decoder = self.policy.decoder
+                own = self.average.over(decoder.own_weights)
+                averaged = Decoder(
+                    decoder.config, lambda name: decoder.shard.whole(name, own(name)), layout=decoder.layout
+                )
+                replace(self.policy, decoder=averaged).write(directory / "average")
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        yield from super().tensors()
-        if self.average:
-            yield from prefixed("average", self.average.state())
+        # All at once: they are written, from where they are, after the last has been named.
+        with self.memory.phase("checkpoint", "policy_optimizer", "critic_optimizer", "average"):
+            yield from super().tensors()
+            if self.average:
+                yield from prefixed("average", self.average.state())
 
     def load_tensors(self, read: Callable[[str], np.ndarray], state: dict[str, Any]) -> None:
-        super().load_tensors(read, state)
-        if self.average:
-            self.average.load_state(lambda name: read(f"average.{name}"))
+        with self.memory.phase("load", "policy_optimizer", "average"):
+            super().load_tensors(read, state)
+            if self.average:
+                self.average.load_state(lambda name: read(f"average.{name}"))
 
 
-def _pretraining(config: OnlineConfig, policy: Policy) -> SFTTrainer | None:
-    """The supervised stage whose batches and objective are mixed in."""
-    if not config.pretraining.coef:
-        return None
-    if not config.pretraining.train:
-        raise UserError("pretraining.train: no file is named; set it, or pretraining.coef=0")
-    training = TrainingConfig(config.pretraining.batch_size)
-    return _supervised(config, policy, config.pretraining.train, training, TrainerConfig())
-
-
-def _supervised(
-    config: OnlineConfig, policy: Policy, train: list[SourceConfig], training: TrainingConfig, trainer: TrainerConfig
-) -> SFTTrainer:
-    data = replace(config.data, train=train, test=[])
-    trainer = replace(trainer, rows=config.trainer.rows)
-    sft = SFTConfig(seed=config.seed, data=data, training=training, optimizer=config.optimizer, trainer=trainer)
-    return SFTTrainer(sft, policy)
+def _logprobs(scorer: Scorer, packings: Sequence[Packing]) -> list[np.ndarray]:
+    """Of every answer in the packings, [S] float32."""
+    return [found for packing in packings for found in packing.collect(scorer.score(packing.batches))]

@@ -12,10 +12,12 @@ from mindrlhf.config import PPOConfig, load_config
 from mindrlhf.data.packing import Packing
 from mindrlhf.data.tokenizers import load_tokenizer
 from mindrlhf.errors import UserError
+from mindrlhf.layout import Layout
 from mindrlhf.rewards import Rewards
 from mindrlhf.trainer.algorithms import ALGORITHMS
 from mindrlhf.trainer.credit import Credit, Scores
 from mindrlhf.trainer.critic import OwnCritic, TrunkCritic
+from mindrlhf.trainer.layouts import scoring_layout, training_layout
 from mindrlhf.trainer.loop import mean, prefixed
 from mindrlhf.trainer.online import OnlineTrainer
 from mindrlhf.trainer.published import (
@@ -68,16 +70,18 @@ class PPOTrainer(OnlineTrainer):
             tokenizer = tokenizer or _tokenizer(config, sft_model_config)
             if ref_model_config is not None:
                 check_same("sft_model_config", sft_model_config, "ref_model_config", ref_model_config)
-            policy = described_policy(sft_model_config, tokenizer, config.seed, "sft_model_config")
+            layout = training_layout(config)
+            policy = described_policy(sft_model_config, tokenizer, config.seed, "sft_model_config", layout)
             if critic_model_config is not None and (config.critic.shared_trunk or config.critic.model):
                 raise UserError("PPOTrainer: critic_model_config: the config's critic section says otherwise; give one")
             if critic_model_config is not None:
-                self._critic_model = _scoring(critic_model_config, tokenizer, config.seed, "critic_model_config")
+                self._critic_model = _scoring(critic_model_config, tokenizer, config, layout, "critic_model_config")
             if rm_model_config is not None and rewards:
                 raise UserError("PPOTrainer: rm_model_config and reward_funcs are both a reward; give one of them")
             if rm_model_config is not None:
-                model = RewardModel(_scoring(rm_model_config, tokenizer, config.seed, "rm_model_config"))
-                rewards = Rewards([("reward_model", ModelReward(model.score_texts, "rm_model_config"), 1.0)])
+                scoring = scoring_layout(layout)
+                model = RewardModel(_scoring(rm_model_config, tokenizer, config, scoring, "rm_model_config"))
+                rewards = Rewards([("reward_model", ModelReward(model, "rm_model_config"), 1.0)])
         super().__init__(config, policy, rewards)
         if policy is not None and self.needs_reference:
             self.scorer = described_reference(ref_model_config, policy, self.algorithm.loss.temperature)
@@ -94,6 +98,7 @@ class PPOTrainer(OnlineTrainer):
         else:
             self.critic = OwnCritic(config, self.policy, self.config.optimizer, self._critic_model)
             objective = super().make_objective()
+        self.critic.add_roles(self.memory)
         self.batch_types = (self.critic.policy_batch, self.critic.batch)
         return objective
 
@@ -109,8 +114,9 @@ class PPOTrainer(OnlineTrainer):
         super().warmed_up()
         self.critic.start(self.policy)
 
-    def values(self, packing: Packing, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        return packing.collect(self.critic.values(packing.batches))
+    def values(self, packings: Sequence[Packing], rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        with self.memory.phase("score critic", self.critic.role):
+            return [found for packing in packings for found in packing.collect(self.critic.values(packing.batches))]
 
     def describe_scores(self, scores: Scores, credit: Credit) -> dict[str, float]:
         values, returns = (np.concatenate([np.zeros(0), *lists]) for lists in (scores.values, credit.returns))
@@ -121,23 +127,22 @@ class PPOTrainer(OnlineTrainer):
         }
 
     def train_once(self, train_step: TrainStep, update: Update, rate: float) -> StepResult | None:
-        config = self.config.critic
-        if update.critic:
-            result = self.critic.train(update.critic, self.rate(config.learning_rate))
-            self._critic_results.append(result)
-        return super().train_once(train_step, update, rate) if self.step >= config.warmup_steps else None
+        warm = self.step >= self.config.critic.warmup_steps
+        return super().train_once(train_step, update, rate) if warm else None
 
     def train(self, train_step: TrainStep, dataset: list[Update], epoch: int | None = None) -> dict[str, float]:
-        self._critic_results: list[StepResult] = []
-        metrics = super().train(train_step, dataset, epoch)
-        self.critic.release()
-        if not self._critic_results:  # on a shared trunk the policy's step has trained it
-            return metrics
-        return metrics | {
+        """The critic first, whose values are just computed, then the policy, which the next answers need."""
+        updates = [update for update in dataset if update.critic] * self.config.algorithm.epochs_per_rollout
+        if not updates:  # on a shared trunk the policy's step trains it
+            return super().train(train_step, dataset, epoch)
+        rate = self.rate(self.config.critic.learning_rate)
+        with self.memory.phase("train critic", "critic", "critic_optimizer", "critic_gradients"):
+            results = [self.critic.train(update.critic, rate) for update in updates]
+        return super().train(train_step, dataset, epoch) | {
             "critic/skipped_updates": self.critic.train_step.skipped,
-            "critic/loss": mean([result.loss for result in self._critic_results]),
-            "critic/gradient_norm": mean([result.gradient_norm for result in self._critic_results]),
-            **value_metrics([result.metrics for result in self._critic_results]),
+            "critic/loss": mean([result.loss for result in results]),
+            "critic/gradient_norm": mean([result.gradient_norm for result in results]),
+            **value_metrics([result.metrics for result in results]),
         }
 
     def describe_training(self, results: list[StepResult], rate: float) -> dict[str, float]:
@@ -154,11 +159,13 @@ class PPOTrainer(OnlineTrainer):
 
     def write(self, directory: Path) -> None:
         super().write(directory)
-        self.critic.write(directory / "critic")
+        with self.memory.phase("checkpoint", self.critic.role):
+            self.critic.write(directory / "critic")
 
     def load(self, directory: Path) -> None:
         super().load(directory)
-        self.critic.load(directory / "critic")
+        with self.memory.phase("load", self.critic.role):
+            self.critic.load(directory / "critic")
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         yield from super().tensors()
@@ -166,7 +173,8 @@ class PPOTrainer(OnlineTrainer):
 
     def load_tensors(self, read: Callable[[str], np.ndarray], state: dict[str, Any]) -> None:
         super().load_tensors(read, state)
-        self.critic.load_state(lambda name: read(f"critic.{name}"), *state["critic"])
+        with self.memory.phase("load", "critic_optimizer"):
+            self.critic.load_state(lambda name: read(f"critic.{name}"), *state["critic"])
 
 
 def value_metrics(sums: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -235,5 +243,5 @@ def _tokenizer(config: PPOConfig, sft_model_config: Any) -> Any:
     return load_tokenizer(directory)
 
 
-def _scoring(model_config: Any, tokenizer: Any, seed: int, name: str) -> Policy:
-    return described_policy(model_config, tokenizer, seed, name, head="score")
+def _scoring(model_config: Any, tokenizer: Any, config: PPOConfig, layout: Layout, name: str) -> Policy:
+    return described_policy(model_config, tokenizer, config.seed, name, layout, head="score")

@@ -23,6 +23,7 @@ from mindrlhf.trainer.roles import Policy
 from mindrlhf.types import Conversation, PairBatch, Preference
 from mindrlhf.utils.curves import plot_scores
 from mindrlhf.utils.logging import RunLog
+from mindrlhf.utils.parallel import is_main
 from mindrlhf.wrapper.preference_objectives import PreferenceObjective, RewardObjective
 from mindrlhf.wrapper.scorer import Scorer
 
@@ -98,7 +99,8 @@ class RewardTrainer(PreferenceTrainer):
 
     def close(self, log: RunLog) -> dict[str, Any]:
         scores, config = self.scores, self.policy.decoder.config  # of the last checkpoint, just saved
-        plot_scores(scores[:, 0], scores[:, 1], self.output / "scores.png", self.output.name)
+        if is_main():
+            plot_scores(scores[:, 0], scores[:, 1], self.output / "scores.png", self.output.name)
         return {**super().close(log), "score_mean": config.score_mean, "score_std": config.score_std}
 
     def fields(self, split: str, numbers: Sequence[int]) -> dict[str, Sequence[float]]:

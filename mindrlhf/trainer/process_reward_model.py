@@ -9,6 +9,7 @@ from mindrlhf.config import RewardFunctionConfig
 from mindrlhf.data.judged_steps import join_steps, step_token_ids
 from mindrlhf.data.tokenizers import encode
 from mindrlhf.errors import UserError
+from mindrlhf.layout import ONE_PROCESS, Layout
 from mindrlhf.trainer.reward_model import packed, refuse_beyond_window
 from mindrlhf.trainer.roles import Policy, open_checkpoint
 from mindrlhf.types import Conversation
@@ -38,9 +39,11 @@ class ProcessRewardModel:
         self.scorer = StepScorer(policy.decoder, reward_tokens)
 
     @classmethod
-    def open(cls, directory: str | Path, config: RewardFunctionConfig) -> "ProcessRewardModel":
-        """Raises UserError where the directory holds no language model."""
-        policy = open_checkpoint(directory)
+    def open(
+        cls, directory: str | Path, config: RewardFunctionConfig, layout: Layout = ONE_PROCESS
+    ) -> "ProcessRewardModel":
+        """layout: how processes share it. Raises UserError where the directory holds no language model."""
+        policy = open_checkpoint(directory, layout=layout)
         if policy.decoder.config.head != "logits":
             problem = "a reward model of whole answers, not one of steps"
             raise UserError(f"{directory}: {problem}; remove process, or train one with `mindrlhf prm`")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mindrlhf.errors import UserError
+from mindrlhf.layout import Layout
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.decoder import Decoder, random_weights
 from mindrlhf.models.model_directory import ModelDirectory
@@ -39,7 +40,9 @@ def checkpoint_of(config: Any) -> Path | None:
     return Path(name) if name else None
 
 
-def described_policy(model_config: Any, tokenizer: Any, seed: int, name: str, head: str = "logits") -> Policy:
+def described_policy(
+    model_config: Any, tokenizer: Any, seed: int, name: str, layout: Layout, head: str = "logits"
+) -> Policy:
     """The checkpoint that checkpoint_name_or_path names, or random weights where it names none. Raises UserError."""
     config = replace(DecoderConfig.from_mindformers(model_config, name), head=head)
     check_vocabulary(tokenizer, config, name)
@@ -52,7 +55,9 @@ def described_policy(model_config: Any, tokenizer: Any, seed: int, name: str, he
         weights = checkpoint_weights(checkpoint, config) if checkpoint else random_weights(config, seed)
     # LlamaConfig's default, 2, is Llama's end and an ordinary token elsewhere: only special tokens end an answer.
     ends = [tokenizer.eos_token_id, *(n for n in config.eos_token_ids if n in tokenizer.all_special_ids)]
-    return Policy(Decoder(config, weights), tokenizer, {"eos_token_id": list(dict.fromkeys(ends))})
+    layout.check(config, name)
+    decoder = Decoder(config, weights, layout=layout)
+    return Policy(decoder, tokenizer, {"eos_token_id": list(dict.fromkeys(ends))})
 
 
 def check_same(name: str, model_config: Any, other_name: str, other: Any) -> None:
@@ -70,7 +75,9 @@ def check_same(name: str, model_config: Any, other_name: str, other: Any) -> Non
 def described_reference(ref_model_config: Any, policy: Policy, temperature: float) -> Scorer | None:
     """Of the checkpoint that the reference's configuration names; None: it is the policy as training begins."""
     config, checkpoint = policy.decoder.config, checkpoint_of(ref_model_config)
-    return Scorer(Decoder(config, checkpoint_weights(checkpoint, config)), temperature) if checkpoint else None
+    if not checkpoint:
+        return None
+    return Scorer(Decoder(config, checkpoint_weights(checkpoint, config), layout=policy.decoder.layout), temperature)
 
 
 def refuse_without_model(trainer: str, model: str, **given: Any) -> None:

@@ -13,6 +13,7 @@ from mindrlhf.data.packing import Packing
 from mindrlhf.errors import UserError
 from mindrlhf.types import Conversation
 from mindrlhf.utils.checkpoint import PARTIAL
+from mindrlhf.utils.parallel import from_main, is_main
 from mindrlhf.wrapper.scorer import Scorer
 
 CACHED, LIVE, ADAPTER_OFF = "cached", "live", "adapter_off"
@@ -60,6 +61,8 @@ class Reference:
             parts = [self.logprobs(name, range(i, min(i + SCORED_TOGETHER, len(answers)))) for i in starts]
             cache[name] = np.concatenate(parts)
         self.cache, self.scorer = cache, None
+        if not is_main():
+            return
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / f"{PARTIAL}{CACHE_FILE}"
         with open(temporary, "wb") as file:
@@ -69,7 +72,7 @@ class Reference:
     def read_cache(self, directory: Path) -> bool:
         """Whether there was one. Raises UserError where it is of other answers."""
         path = directory / CACHE_FILE
-        if not path.is_file():
+        if not from_main(path.is_file):
             return False
         try:
             with np.load(path) as file:

@@ -9,6 +9,7 @@ from mindrlhf.data.packing import Packing, bucket, pack, row_width
 from mindrlhf.data.tokenizers import encode
 from mindrlhf.data.turns import end_of_sequence, join
 from mindrlhf.errors import UserError
+from mindrlhf.layout import ONE_PROCESS, Layout
 from mindrlhf.trainer.roles import Policy, open_checkpoint
 from mindrlhf.types import Conversation
 from mindrlhf.wrapper.scorer import ScoreHead
@@ -23,9 +24,9 @@ class RewardModel:
         self.head = ScoreHead(policy.decoder)
 
     @classmethod
-    def open(cls, directory: str | Path) -> "RewardModel":
-        """Raises UserError where the directory holds no reward model."""
-        policy = open_checkpoint(directory)
+    def open(cls, directory: str | Path, layout: Layout = ONE_PROCESS) -> "RewardModel":
+        """layout: how processes share it. Raises UserError where the directory holds no reward model."""
+        policy = open_checkpoint(directory, layout=layout)
         if policy.decoder.config.head != "score":
             raise UserError(f"{directory}: a language model, not a reward model; train one with `mindrlhf rm`")
         return cls(policy)

@@ -3,15 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mindrlhf.config import RewardFunctionConfig
 from mindrlhf.errors import UserError
+from mindrlhf.layout import ONE_PROCESS, Layout
 from mindrlhf.rewards import Rewards
 from mindrlhf.rewards.remote import RemoteReward
 from mindrlhf.rewards.user import load_reward_function
 from mindrlhf.utils.parallel import start
+
+if TYPE_CHECKING:
+    from mindrlhf.trainer.process_reward_model import ProcessRewardModel
+    from mindrlhf.trainer.reward_model import RewardModel
 
 # What each kind of part reads beside weight and name.
 PROCESS = ("process", "step_separator", "step_reduction", "steps")
@@ -22,8 +28,8 @@ READ = {
 }
 
 
-def open_rewards(configs: Sequence[RewardFunctionConfig], base: Path) -> Rewards:
-    """Every entry of the config's `rewards`, paths relative to base.
+def open_rewards(configs: Sequence[RewardFunctionConfig], base: Path, layout: Layout = ONE_PROCESS) -> Rewards:
+    """Every entry of the config's `rewards`, paths relative to base. layout: how processes share the models.
 
     A part without a name is called as its function, `model` or `remote`. Raises UserError, with the entry's number.
     """
@@ -31,7 +37,7 @@ def open_rewards(configs: Sequence[RewardFunctionConfig], base: Path) -> Rewards
     for number, config in enumerate(configs):
         kind = _kind(config, f"rewards[{number}]")
         try:
-            name, part = OPENERS[kind](config, base)
+            name, part = OPENERS[kind](config, base, layout)
         except UserError as error:
             raise UserError(f"rewards[{number}]: {error}") from None
         parts.append((config.name or name, part, config.weight))
@@ -39,42 +45,43 @@ def open_rewards(configs: Sequence[RewardFunctionConfig], base: Path) -> Rewards
 
 
 class ModelReward:
-    """A reward function in TRL's form around a model that scores texts."""
+    """A reward function in TRL's form around a model that scores texts; where processes share it, all of them ask."""
 
-    def __init__(self, score: Callable[[Sequence[str], Sequence[str]], np.ndarray], place: str):
-        """place: what an error message calls it by."""
-        self.score, self.place = score, place
+    shared = True
+
+    def __init__(self, model: "RewardModel | ProcessRewardModel", place: str, normalize: bool = False):
+        """place: what an error message calls it by. normalize: a reward model's scores, by its own statistics."""
+        self.model, self.place, self.normalize = model, place, normalize
+        self.parameters = list(model.policy.decoder.get_parameters())
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """[n] float32."""
-        return self.score(prompts, completions)
+        scores = self.model.score_texts(prompts, completions)
+        return self.model.normalized(scores) if self.normalize else scores
 
 
-def _open_function(config: RewardFunctionConfig, base: Path) -> tuple[str, Callable]:
+def _open_function(config: RewardFunctionConfig, base: Path, layout: Layout) -> tuple[str, Callable]:
     function = load_reward_function(config.function, base, config.arguments)
     return config.function.rpartition(":")[2], function
 
 
-def _open_model(config: RewardFunctionConfig, base: Path) -> tuple[str, Callable]:
+def _open_model(config: RewardFunctionConfig, base: Path, layout: Layout) -> tuple[str, Callable]:
     start()
     directory = Path(base) / config.model
     if config.process:
         from mindrlhf.trainer.process_reward_model import ProcessRewardModel
 
-        return "model", ModelReward(ProcessRewardModel.open(directory, config).score_texts, str(directory))
+        return "model", ModelReward(ProcessRewardModel.open(directory, config, layout), str(directory))
     from mindrlhf.trainer.reward_model import RewardModel
 
-    model = RewardModel.open(directory)
-    if not config.normalize_reward:
-        return "model", ModelReward(model.score_texts, str(directory))
-    return "model", ModelReward(lambda *texts: model.normalized(model.score_texts(*texts)), str(directory))
+    return "model", ModelReward(RewardModel.open(directory, layout), str(directory), config.normalize_reward)
 
 
-def _open_servers(config: RewardFunctionConfig, base: Path) -> tuple[str, Callable]:
+def _open_servers(config: RewardFunctionConfig, base: Path, layout: Layout) -> tuple[str, Callable]:
     return "remote", RemoteReward(config.urls, config.timeout, config.retries)
 
 
-OPENERS: dict[str, Callable[[RewardFunctionConfig, Path], tuple[str, Callable]]] = {
+OPENERS: dict[str, Callable[[RewardFunctionConfig, Path, Layout], tuple[str, Callable]]] = {
     "function": _open_function,
     "model": _open_model,
     "urls": _open_servers,

@@ -11,13 +11,14 @@ from mindspore import Parameter
 from mindrlhf.config import BuildConfig, LoraConfig, ModelConfig
 from mindrlhf.data.tokenizers import build_tokenizer, load_tokenizer, stop_ids
 from mindrlhf.errors import UserError
+from mindrlhf.layout import ONE_PROCESS, Layout
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.decoder import Decoder, Weights, random_weights
 from mindrlhf.models.hf import Source, check_names, expected_shapes, read_generation_config
 from mindrlhf.models.lora import Lora, check_layers, random_adapter
 from mindrlhf.models.model_directory import ModelDirectory, tensors_of
 from mindrlhf.models.peft import is_adapter, read_adapter, write_adapter
-from mindrlhf.utils.checkpoint import write_json, write_model
+from mindrlhf.utils.checkpoint import write_json, write_model, write_tokenizer
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Policy:
         if score:  # PEFT's file has no place for the statistics of the scores
             write_json(directory / "config.json", config.to_hf())
         write_json(directory / "generation_config.json", self.generation_config)
-        self.tokenizer.save_pretrained(str(directory))
+        write_tokenizer(directory, self.tokenizer)
 
     def load(self, directory: Path) -> None:
         """What `write` wrote: the weights, in place, and the tokens that end an answer. Raises UserError."""
@@ -91,12 +92,14 @@ def open_checkpoint(
     head: str | None = None,
     lora: LoraConfig | None = None,
     seed: int = 0,
+    layout: Layout = ONE_PROCESS,
 ) -> Policy:
     """A checkpoint's or an adapter's directory; the tokenizer from another directory where one is given.
 
     head: "logits", "score", or None for what the checkpoint has. A language model can be given a score head, of
     zeros; a reward model has lost its logits. lora: new adapters where its rank is over 0, their first values from
-    seed; an adapter's directory brings its own, ready to be trained on. Raises UserError.
+    seed; an adapter's directory brings its own, ready to be trained on. layout: how processes share the model. Raises
+    UserError.
     """
     found = ModelDirectory.read(directory)
     loaded = load_tokenizer(tokenizer or found.tokenizer)
@@ -113,23 +116,24 @@ def open_checkpoint(
     else:
         settings = Lora.of(lora, config) if lora else None
         adapter = random_adapter(settings, config, seed) if settings else None
-    decoder = Decoder(config, found.weights, lora=settings, adapter=adapter)
+    layout.check(config, "parallel")
+    decoder = Decoder(config, found.weights, lora=settings, adapter=adapter, layout=layout)
     return Policy(decoder, loaded, found.generation_config(), base=str(found.base.resolve()))
 
 
-def open_policy(model: ModelConfig, seed: int, head: str = "logits") -> Policy:
+def open_policy(model: ModelConfig, seed: int, head: str = "logits", layout: Layout = ONE_PROCESS) -> Policy:
     """The policy that a config names: `path`, or else `build`; with adapters or chosen layers where it asks for them.
 
-    Raises UserError.
+    layout: how processes share it. Raises UserError.
     """
     if model.path:
-        policy = open_checkpoint(model.path, model.tokenizer, head, model.lora, seed)
+        policy = open_checkpoint(model.path, model.tokenizer, head, model.lora, seed, layout)
     elif model.lora.rank:
         raise UserError("model.lora: needs model.path: an adapter names the checkpoint it belongs to; save one first")
     elif not model.build.decoder:
         raise UserError("model: set model.path to a checkpoint directory, or model.build to make a new model")
     else:
-        policy = build(model.build, seed, head)
+        policy = build(model.build, seed, head, layout)
     if model.train_layers and policy.decoder.lora:
         raise UserError("model.train_layers: with adapters no layers are trained; remove it and set model.lora.layers")
     check_layers(model.train_layers, policy.decoder.config, "model.train_layers")
@@ -137,7 +141,7 @@ def open_policy(model: ModelConfig, seed: int, head: str = "logits") -> Policy:
     return policy
 
 
-def build(config: BuildConfig, seed: int, head: str = "logits") -> Policy:
+def build(config: BuildConfig, seed: int, head: str = "logits", layout: Layout = ONE_PROCESS) -> Policy:
     """Random weights and a tokenizer trained on the given files."""
     if not config.tokenizer_files:
         raise UserError("model.build.tokenizer_files: name at least one file of text for the tokenizer to learn from")
@@ -149,7 +153,9 @@ def build(config: BuildConfig, seed: int, head: str = "logits") -> Policy:
     )
     decoder_config = replace(decoder_config, head=head)
     generation_config = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return Policy(Decoder(decoder_config, random_weights(decoder_config, seed)), tokenizer, generation_config)
+    layout.check(decoder_config, "parallel")
+    decoder = Decoder(decoder_config, random_weights(decoder_config, seed), layout=layout)
+    return Policy(decoder, tokenizer, generation_config)
 
 
 def check_same_tokens(ours: Any, theirs: Any, where: str) -> None:

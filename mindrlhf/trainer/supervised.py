@@ -1,6 +1,7 @@
 """Training per token: SFT and process reward models; distillation is in distillation.py."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import numpy as np
 from mindspore import nn
 
 from mindrlhf.advantages import loss_weights
-from mindrlhf.config import PRMConfig, SFTConfig, SourceConfig
+from mindrlhf.config import OnlineConfig, PRMConfig, SFTConfig, SourceConfig, TrainerConfig, TrainingConfig
 from mindrlhf.data.conversations import read_conversations
 from mindrlhf.data.examples import Examples
 from mindrlhf.data.judged_steps import read_judged_steps, step_token_ids
 from mindrlhf.data.packing import Packing
+from mindrlhf.errors import UserError
 from mindrlhf.trainer.offline import OfflineTrainer
+from mindrlhf.trainer.roles import Policy
 from mindrlhf.types import Conversation, JudgedSteps, StepRewardBatch, SupervisedBatch
 from mindrlhf.wrapper.objectives import StepRewardObjective, SupervisedObjective
 
@@ -82,3 +85,23 @@ class PRMTrainer(SupervisedTrainer):
     def targets(self, packing: Packing, examples: Sequence[JudgedSteps]) -> list[tuple[np.ndarray, ...]]:
         kinds = [packing.spread(list(column)) for column in zip(*(e.probabilities.T for e in examples), strict=True)]
         return [(np.stack(arrays, axis=1),) for arrays in zip(*kinds, strict=True)]
+
+
+def pretraining_stage(config: OnlineConfig, policy: Policy) -> SFTTrainer | None:
+    """What an online job mixes in: its batches and its objective. None where it mixes in nothing."""
+    if not config.pretraining.coef:
+        return None
+    if not config.pretraining.train:
+        raise UserError("pretraining.train: no file is named; set it, or pretraining.coef=0")
+    training = TrainingConfig(config.pretraining.batch_size)
+    return stage_on(config, policy, config.pretraining.train, training, TrainerConfig())
+
+
+def stage_on(
+    config: OnlineConfig, policy: Policy, train: list[SourceConfig], training: TrainingConfig, trainer: TrainerConfig
+) -> SFTTrainer:
+    """Supervised training inside an online job, on its policy."""
+    data = replace(config.data, train=train, test=[])
+    trainer = replace(trainer, rows=config.trainer.rows)
+    sft = SFTConfig(seed=config.seed, data=data, training=training, optimizer=config.optimizer, trainer=trainer)
+    return SFTTrainer(sft, policy)

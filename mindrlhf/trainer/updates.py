@@ -8,7 +8,9 @@ import numpy as np
 from mindrlhf.advantages import loss_weights
 from mindrlhf.config import OnlineConfig
 from mindrlhf.data.packing import Packing
+from mindrlhf.layout import Layout
 from mindrlhf.trainer.credit import Credit, Scores
+from mindrlhf.trainer.layouts import row_multiple
 from mindrlhf.types import PackedRows, Rollout
 
 
@@ -31,11 +33,11 @@ def row_tokens(config: OnlineConfig) -> int:
     return config.trainer.row_tokens or config.rollout.max_prompt_tokens + config.rollout.sampling.max_tokens
 
 
-def pack(rollouts: Sequence[Rollout], config: OnlineConfig) -> Packing:
-    """The targets are the sampled tokens: what an environment wrote is read and not trained."""
+def pack(rollouts: Sequence[Rollout], config: OnlineConfig, layout: Layout) -> Packing:
+    """For that layout of training. The targets are the sampled tokens: what an environment wrote is not trained."""
     sequences = [np.concatenate([r.prompt_ids, r.response_ids]) for r in rollouts]
     targets = [np.concatenate([np.zeros(len(r.prompt_ids), bool), r.is_sampled]) for r in rollouts]
-    return Packing.of(sequences, targets, config.trainer.rows, row_tokens(config))
+    return Packing.of(sequences, targets, config.trainer.rows, row_multiple(row_tokens(config), layout))
 
 
 def make_update(

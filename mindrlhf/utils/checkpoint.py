@@ -17,6 +17,7 @@ from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import Source, flush_path, read_tensors, write_tensors
+from mindrlhf.utils.parallel import from_main, is_main
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER = "optimizer"  # a directory inside the checkpoint, tensors in the same format
@@ -33,15 +34,23 @@ def write_model(
     shard_bytes: float = 5e9,
 ) -> None:
     """config.json, safetensors, tokenizer files and generation_config.json: what transformers loads."""
-    directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config.to_hf())
     write_json(directory / "generation_config.json", generation_config)
     write_tensors(directory, tensors, shard_bytes)
-    tokenizer.save_pretrained(str(directory))
+    write_tokenizer(directory, tokenizer)
+
+
+def write_tokenizer(directory: Path, tokenizer: Any) -> None:
+    """By the main process alone."""
+    if is_main():
+        tokenizer.save_pretrained(str(directory))
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Written beside, flushed and renamed."""
+    """Written beside, flushed and renamed; by the main process alone."""
+    if not is_main():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(PARTIAL + path.name)
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(values, file, indent=2, ensure_ascii=False)
@@ -58,7 +67,10 @@ class Checkpoints:
         self.directory, self.keep = directory, keep
 
     def steps(self) -> list[int]:
-        """Whole checkpoints, oldest first."""
+        """Whole checkpoints, oldest first; the same in every process."""
+        return from_main(self._steps)
+
+    def _steps(self) -> list[int]:
         names = [path.name for path in self.directory.glob("step-*") if (path / STATE_FILE).is_file()]
         return sorted(int(name.removeprefix("step-")) for name in names)
 
@@ -68,35 +80,47 @@ class Checkpoints:
     def save(
         self, step: int, state: dict[str, Any], optimizer: Iterable[Source], write: Callable[[Path], None]
     ) -> Path:
-        """`write` puts the model into the directory that it is given. An existing checkpoint of that step stays."""
+        """`write` puts the model into the directory that it is given. An existing checkpoint of that step stays.
+
+        All processes call it, since they bring tensors together; the main one writes.
+        """
         final = self.path(step)
-        if final.exists():
-            return final
-        self.directory.mkdir(parents=True, exist_ok=True)
         partial = self.directory / f"{PARTIAL}step-{step:06d}"
-        shutil.rmtree(partial, ignore_errors=True)
+        if from_main(lambda: self._is_there(final, partial)):
+            return final
         write(partial)
         write_tensors(partial / OPTIMIZER, optimizer)
         write_json(partial / STATE_FILE, state)
+        from_main(lambda: self._finish(partial, final))
+        return final
+
+    def _is_there(self, final: Path, partial: Path) -> bool:
+        if final.exists():
+            return True
+        self.directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        return False
+
+    def _finish(self, partial: Path, final: Path) -> None:
         for path in [*partial.rglob("*"), partial]:
             flush_path(path)
         os.replace(partial, final)
         flush_path(self.directory)
         self._remove_old()
-        return final
 
     def mark_best(self, step: int, metric: str, value: float) -> None:
         """That checkpoint stays, whatever `keep` says; the one that was marked before is like the others again."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / BEST_FILE, {"step": step, "metric": metric, "value": value})
-        self._remove_old()
+        if is_main():
+            self._remove_old()
 
     def _remove_old(self) -> None:
         """The best and the first stay: the policy as training started is the reference that a resumed run needs."""
         best = self.directory / BEST_FILE
         spared = {0, read_json(best).get("step")} if best.is_file() else {0}
         if self.keep:
-            for step in [step for step in self.steps() if step > 0][: -self.keep]:
+            for step in [step for step in self._steps() if step > 0][: -self.keep]:
                 if step not in spared:
                     shutil.rmtree(self.path(step))
         for partial in self.directory.glob(f"{PARTIAL}*"):

@@ -41,7 +41,7 @@ def plot_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
         left, right = axes.get_xlim()
         if right - left < 1:  # one point: a step to each side, for ticks at whole steps
             axes.set_xlim(left - 1, right + 1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str) -> None:
@@ -64,10 +64,11 @@ def plot_scores(chosen: np.ndarray, rejected: np.ndarray, path: Path, title: str
     right.axvline(0.0, color="#444444", linewidth=1.0)
     ahead = 100 * float(np.mean(np.where(difference == 0, 0.5, difference > 0)))
     _label(right, f"Chosen minus rejected: {ahead:.1f}% right", "difference", "pairs")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """As PNG, written beside and renamed."""
     temporary = path.with_name(".partial-" + path.name)
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)

@@ -14,6 +14,7 @@ import numpy as np
 from mindrlhf.config import LoggingConfig
 from mindrlhf.errors import UserError
 from mindrlhf.utils.checkpoint import PARTIAL, write_json
+from mindrlhf.utils.parallel import from_main, is_main
 
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
@@ -21,7 +22,8 @@ METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 class RunLog:
     """The files of one run, in its output directory. A context manager.
 
-    Lines of the warm-up carry `warmup_step`, which is then their axis in TensorBoard, wandb and swanlab.
+    Lines of the warm-up carry `warmup_step`, which is then their axis in TensorBoard, wandb and swanlab. Of several
+    processes the main one writes, and all may ask.
     """
 
     def __init__(
@@ -35,7 +37,14 @@ class RunLog:
         for package in ("wandb", "swanlab"):
             if getattr(logging, package) and importlib.util.find_spec(package) is None:
                 raise UserError(f"logging.{package}: {package} is not installed; pip install {package}")
-        self.directory, self.logging = Path(directory), logging
+        self.directory, self.logging, self.writes = Path(directory), logging, is_main()
+        self.start = time.monotonic()
+        self.writers: dict[str, Any] = {}  # TensorBoard, by folder; opened when first written to
+        self.purge_step = None if resumed_step is None else resumed_step + 1
+        if self.writes:
+            self._open(config_text, resumed_step)
+
+    def _open(self, config_text: str, resumed_step: int | None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         paths = [self.directory / METRICS, self.directory / COMPLETIONS]
         seconds = 0.0
@@ -46,13 +55,11 @@ class RunLog:
                 last = _drop_lines_after(path, resumed_step)
                 seconds = max(seconds, last.get("time", 0.0))
         # A resumed run's clock goes on where the kept lines end.
-        self.start = time.monotonic() - seconds
+        self.start -= seconds
         _write_text(self.directory / "config.yaml", config_text)
         self.metrics_file = open(paths[0], "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self.completions_file = open(paths[1], "a", encoding="utf-8")  # noqa: SIM115
-        self.purge_step = None if resumed_step is None else resumed_step + 1
-        self.writers: dict[str, Any] = {}  # TensorBoard, by folder; opened when first written to
-        self.trackers = _start_trackers(self.directory, logging, config_text)
+        self.trackers = _start_trackers(self.directory, self.logging, config_text)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -67,6 +74,8 @@ class RunLog:
 
     def log(self, step: int, metrics: dict[str, float | str]) -> None:
         """One line of metrics.jsonl, on the disk when this returns; a value that is not finite is written as null."""
+        if not self.writes:
+            return
         values = _plain(metrics)
         _write_line(self.metrics_file, {"step": step, "time": round(self.seconds, 3), **values})
         # A text, such as the name of a tensor that was not finite, has no curve.
@@ -79,18 +88,20 @@ class RunLog:
 
     def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Sampled answers: one line each in completions.jsonl."""
-        for row in rows:
+        for row in rows if self.writes else ():
             _write_line(self.completions_file, {"step": step, **_plain(row)})
 
     def first(self, prefix: str) -> dict[str, float]:
         """The metrics that begin with `prefix`, without it, of the first line that has any; {} where none has."""
-        lines = (_with_prefix(line, prefix) for line, _ in _lines(self.directory / METRICS))
-        return next((values for values in lines if values), {})
+        return from_main(lambda: next(self._having(prefix), {}))
 
     def last(self, prefix: str, step: int) -> dict[str, float]:
         """The same of the last line of that step which has any; {} where none has."""
-        lines = [_with_prefix(line, prefix) for line, _ in _lines(self.directory / METRICS) if line["step"] == step]
-        return next((values for values in reversed(lines) if values), {})
+        return from_main(lambda: next(iter(list(self._having(prefix, step))[::-1]), {}))
+
+    def _having(self, prefix: str, step: int | None = None) -> Iterator[dict[str, float]]:
+        lines = (line for line, _ in _lines(self.directory / METRICS) if step in (None, line["step"]))
+        return filter(None, (_with_prefix(line, prefix) for line in lines))
 
     def summary(self, values: dict[str, Any]) -> None:
         """The numbers that the run ends with, as summary.json."""
@@ -98,12 +109,16 @@ class RunLog:
 
     def plot(self) -> None:
         """All metrics so far as curves.png."""
+        if not self.writes:
+            return
         from mindrlhf.utils.curves import plot_curves
 
         metrics = [line for line, _ in _lines(self.directory / METRICS)]
         plot_curves(metrics, self.directory / "curves.png", self.directory.resolve().name)
 
     def close(self) -> None:
+        if not self.writes:
+            return
         for file in (self.metrics_file, self.completions_file, *self.writers.values()):
             file.close()
         for tracker in self.trackers:

@@ -42,7 +42,7 @@ def prepare_environment() -> None:
     defaults = {
         "OMP_NUM_THREADS": str(usable_cores()),
         "GLOG_v": "3",  # MindSpore logs errors, not warnings
-        "MS_CPU_COMM_OP_TIMEOUT": "600",  # seconds that a collective waits for a process that is busy elsewhere
+        "MS_NODE_TIMEOUT": "300",  # seconds that a collective waits for a process that is busy elsewhere; else 30
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # else: "PyTorch was not found" at import
         # MindSpore needs it and sets it at import, too late where tensorboardX has loaded protobuf before:
         # "Descriptors cannot be created directly".
@@ -66,7 +66,7 @@ def device_target() -> str:
 def start(threads: int | None = None, seed: int | None = None) -> str:
     """Graph mode, device and threads; the second and later calls only seed again.
 
-    threads: of the element-wise CPU kernels, default the usable cores; matrix products always use every core.
+    threads: of the element-wise CPU kernels, default OMP_NUM_THREADS, which is the usable cores; matrix products always use every core.
     seed: of MindSpore's own and NumPy's global generators; None leaves them alone.
     Returns the device. Raises UserError for an unknown device, and for one that is not there.
     """
@@ -88,12 +88,17 @@ def start(threads: int | None = None, seed: int | None = None) -> str:
         if device == "CPU":
             # It can be set once a process, before anything has run: what a user's program has chosen stays.
             with contextlib.suppress(RuntimeError):
-                mindspore.device_context.cpu.op_tuning.threads_num(threads or usable_cores())
+                mindspore.device_context.cpu.op_tuning.threads_num(threads or _threads())
         _join(device)
         _started.append(device)
     if seed is not None:
         mindspore.set_seed(seed)
     return _started[0]
+
+
+def _threads() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else usable_cores()
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

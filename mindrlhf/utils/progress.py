@@ -3,6 +3,8 @@
 import sys
 import time
 
+from mindrlhf.utils.parallel import is_main
+
 SHOWN = (  # metric, how it is shown; in this order
     ("warmup/loss", "loss {:.3f}"),
     ("reward/total", "reward {:.3f}"),
@@ -22,11 +24,11 @@ class Progress:
     def __init__(self, total: int, initial: int = 0, description: str = "", enabled: bool = True):
         """total: steps of the whole run; initial: steps done before this process."""
         self.total, self.initial, self.done, self.description = total, initial, initial, description
-        self.enabled = enabled
+        self.enabled = enabled and is_main()
         self.start = time.monotonic()
         self.latest: dict[str, float] = {}
         self.bar = None
-        if enabled and sys.stderr.isatty():
+        if self.enabled and sys.stderr.isatty():
             import shutil
 
             from tqdm import tqdm

@@ -6,9 +6,7 @@ from the decode graph too, fed with the prompt's last token, so every sampled to
 """
 
 import math
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
@@ -16,12 +14,17 @@ from mindspore import Parameter, Tensor, ops
 
 from mindrlhf.config import SamplingConfig
 from mindrlhf.errors import UserError
+from mindrlhf.layout import ONE_PROCESS, Layout
 from mindrlhf.models import kernels
 from mindrlhf.models.decoder import Decoder, Weights
+from mindrlhf.models.hf import expected_shapes
 from mindrlhf.types import Prompt, Rollout
 from mindrlhf.utils.memory import give_back
+from mindrlhf.utils.parallel import gather_objects, world
+from mindrlhf.utils.reshard import Resharder
+from mindrlhf.wrapper.answering import Asked, Call, Continuation, first_samples
 from mindrlhf.wrapper.graph import Graph
-from mindrlhf.wrapper.sampling import check_sampling, mix, next_token, uniforms
+from mindrlhf.wrapper.sampling import check_sampling, next_token
 
 
 class _Prefill(Graph):
@@ -59,7 +62,7 @@ class _Decode(Graph):
         self.decoder = decoder
         self.key_caches = ms.ParameterTuple(caches[0::2])
         self.value_caches = ms.ParameterTuple(caches[1::2])
-        self.kv_heads = decoder.config.num_kv_heads
+        self.kv_heads = decoder.config.num_kv_heads // decoder.layout.tensor
         self.first_row = Tensor(np.arange(slots * self.kv_heads, dtype=np.int32)[None] * length).reshape(slots, -1)
         self.range = Tensor(np.arange(length, dtype=np.int32)[None])
         self.features = features
@@ -78,46 +81,14 @@ class _Decode(Graph):
         return next_token(logits, uniform, temperature, top_k, top_p, min_p, self.features)
 
 
-@dataclass(frozen=True, slots=True)
-class Continuation:
-    """How an answer goes on whose tokens so far are the end of a prompt's ids."""
-
-    key: int  # `answer_key` of where it began
-    offset: int  # its tokens so far
-    limit: int  # tokens that it may still get
-
-
-def answer_key(seed: int, prompt_key: int, sample: int) -> int:
-    """uint64: what keys an answer's draws, the t-th with mix(key, t)."""
-    return int(mix(seed, prompt_key, sample))
-
-
-def first_samples(prompts: Sequence[Prompt], count: int) -> list[int]:
-    """Number of each prompt's first sample: one that comes twice in a call gets other answers the second time."""
-    seen: Counter[int] = Counter()
-    first = []
-    for prompt in prompts:
-        first.append(seen[prompt.key] * count)
-        seen[prompt.key] += 1
-    return first
-
-
-@dataclass
-class _Task:
-    """One answer that waits for a slot."""
-
-    prompt: int  # index in the call
-    sample: int
-    row: int  # of the prefilled batch
-
-
 class Generator:
     """Answers prompts with a decoder of its own.
 
     policy: the decoder that is trained; `sync` copies its weights. slots: answers decoded at the same time.
     max_prompt_tokens and max_tokens: what the caches hold, fixed so that nothing recompiles. stop_ids: tokens that
     end an answer; they stay in it. least_width: prompts are padded to it times a power of two, and every width is
-    compiled once.
+    compiled once. layout: how processes share the generator, apart from how they share the policy; its data ranks
+    answer prompts of their own, and all processes get all answers. check_sync: compare checksums at every `sync`.
     """
 
     def __init__(
@@ -128,6 +99,8 @@ class Generator:
         max_tokens: int,
         stop_ids: Sequence[int] = (),
         least_width: int = 8,
+        layout: Layout = ONE_PROCESS,
+        check_sync: bool = False,
     ):
         self.policy, self.slots, self.stop_ids = policy, slots, np.array(sorted(stop_ids), np.int32)
         self.max_prompt_tokens, self.max_tokens, self.least_width = max_prompt_tokens, max_tokens, least_width
@@ -142,28 +115,52 @@ class Generator:
                 f"{config.max_positions} positions (max_position_embeddings); lower one of them"
             )
         self.length = min(self.length, config.max_positions)
-        self.decoder = Decoder(config, policy.weights, transposed=True)
-        shape = (slots * config.num_kv_heads * self.length, config.head_dim)
-        self._caches = [
-            Parameter(Tensor(np.zeros(shape, np.float32)), name=f"cache.{layer}.{kind}", requires_grad=False)
-            for layer in range(config.num_layers)
-            for kind in ("key", "value")
-        ]
-        self._prefill = _Prefill(self.decoder)
-        self._insert = _Insert(self._caches)
+        self.layout, self.check_sync = layout, check_sync
+        self.place = layout.place(world().rank)
+        shapes = expected_shapes(config)
+        self._resharder = Resharder(shapes, policy.layout, layout, config.num_experts)
+        self.decoder: Decoder | None = None  # of a rank that has a part in the layout
+        self._caches: list[Parameter] = []
+        if self.place is not None:
+            self.decoder = Decoder(
+                config, lambda name: np.broadcast_to(np.float32(0), shapes[name]), True, layout=layout
+            )
+            self._caches = self._empty_caches()
+            self._prefill = _Prefill(self.decoder)
+            self._insert = _Insert(self._caches)
         self._decode: dict[tuple[str, ...], _Decode] = {}
         self._released = False
         self.decode_steps = 0  # decode graphs run so far, for benchmarks and tests of slot use
         self.prefilled = 0  # prompts prefilled so far
+        self.sync()
+
+    def _empty_caches(self) -> list[Parameter]:
+        config = self.policy.config
+        shape = (self.slots * (config.num_kv_heads // self.layout.tensor) * self.length, config.head_dim)
+        return [
+            Parameter(Tensor(np.zeros(shape, np.float32)), name=f"cache.{layer}.{kind}", requires_grad=False)
+            for layer in range(config.num_layers)
+            for kind in ("key", "value")
+        ]
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The weights, as this rank holds them."""
+        return list(self.decoder.get_parameters()) if self.decoder else []
 
     def sync(self, weights: Weights | None = None) -> None:
-        """Copy weights in, laid out for decoding; by default the policy's."""
-        self.decoder.load(weights or self.policy.weights)
+        """Bring weights over, laid out for decoding; by default the policy's.
+
+        weights: name -> this rank's slice in the policy's layout. All ranks have to call it.
+        """
+        own = self.decoder
+        check = (own.own_weights if own else _nothing) if self.check_sync else None
+        self._resharder.run(weights or self.policy.own_weights, own.write if own else _nothing, check)
         self._released = False
 
     def release(self) -> None:
         """Give back the memory of weights and caches until the next `sync`."""
-        give_back([*self.decoder.get_parameters(), *self._caches])
+        give_back([*self.parameters, *self._caches])
         self._released = True
 
     @property
@@ -212,7 +209,24 @@ class Generator:
                     f"prompt {prompt.key} has {tokens} tokens; the window takes 1 to {self.max_prompt_tokens} "
                     "(rollout.max_prompt_tokens)"
                 )
-        return _Call(self, prompts, num_generations, sampling, seed, on_token, continuations).run()
+        first, own, answers = first_samples(prompts, num_generations), [], None
+        if self.place is not None:
+            own = range(self.place.data, len(prompts), self.layout.data)
+            known = [continuations[number] for number in own] if continuations else None
+            asked = [Asked(number, prompts[number], first[number]) for number in own]
+            answers = Call(self, asked, num_generations, sampling, seed, on_token, known).run()
+        return self._brought_together(answers, len(prompts) * num_generations, num_generations)
+
+    def _brought_together(self, answers: list[Rollout] | None, total: int, num_generations: int) -> list[Rollout]:
+        """Every rank's answers, in the order of the prompts, on every rank."""
+        if world().size == 1:
+            return answers
+        is_speaker = self.place is not None and self.place.tensor == 0
+        together: list[Rollout | None] = [None] * total
+        for found in gather_objects(answers if is_speaker else None):
+            for number, answer in enumerate(found or ()):
+                together[answer.group * num_generations + number % num_generations] = answer
+        return together
 
     def _decode_cell(self, sampling: SamplingConfig) -> _Decode:
         features = () if sampling.repetition_penalty == 1 else ("penalty",)
@@ -226,136 +240,5 @@ class Generator:
         return self._decode[features]
 
 
-class _Call:
-    """The state of one `generate`: which slot answers what, and what it has said so far."""
-
-    def __init__(
-        self,
-        generator: Generator,
-        prompts,
-        num_generations: int,
-        sampling: SamplingConfig,
-        seed: int,
-        on_token,
-        continuations,
-    ):
-        self.generator, self.prompts, self.sampling, self.seed = generator, prompts, sampling, seed
-        self.num_generations, self.on_token, self.continuations = num_generations, on_token, continuations
-        slots, vocabulary = generator.slots, generator.policy.config.vocab_size
-        self.cell = generator._decode_cell(sampling)
-        self.first = first_samples(prompts, num_generations)
-        self.waiting_prompts = deque(range(len(prompts)))
-        self.waiting: deque[_Task] = deque()
-        self.cached = ()  # keys and values of the prompts that self.waiting stands on
-        self.task: list[_Task | None] = [None] * slots
-        self.token = np.zeros(slots, np.int32)
-        self.position = np.zeros(slots, np.int32)
-        self.length = np.zeros(slots, np.int32)
-        self.key = np.zeros(slots, np.uint64)
-        self.offset = np.zeros(slots, np.int32)  # tokens of the answer from before this call
-        self.limit = np.zeros(slots, np.int32)
-        self.response = np.zeros((slots, sampling.max_tokens), np.int32)
-        self.logprob = np.zeros((slots, sampling.max_tokens), np.float32)
-        self.seen = np.zeros((slots, vocabulary) if "penalty" in self.cell.features else (1, 1), np.float32)
-        self.done: dict[tuple[int, int], Rollout] = {}
-        self.width = generator.prompt_width(max((len(prompt.ids) for prompt in prompts), default=1))
-        self.scalars = [
-            Tensor(value, dtype)
-            for value, dtype in (
-                (sampling.temperature or 1.0, ms.float32),
-                (sampling.top_k, ms.float32),
-                (sampling.top_p, ms.float32),
-                (sampling.min_p, ms.float32),
-                (sampling.repetition_penalty, ms.float32),
-            )
-        ]
-
-    def run(self) -> list[Rollout]:
-        slots = self.generator.slots
-        while self.waiting_prompts or self.waiting or any(self.task):
-            free = [slot for slot in range(slots) if self.task[slot] is None]
-            if len(free) >= self.generator.insert_rows:
-                self._refill(free)
-            self._step()
-        keys = ((p, s) for p in range(len(self.prompts)) for s in range(self.num_generations))
-        return [self.done[key] for key in keys]
-
-    def _refill(self, free: list[int]) -> None:
-        while free and (self.waiting or self.waiting_prompts):
-            if not self.waiting:
-                self._prefill()
-            count = min(len(free), len(self.waiting), self.generator.insert_rows)
-            taken, free = free[:count], free[count:]
-            tasks = [self.waiting.popleft() for _ in range(count)]
-            self._insert(taken, tasks)
-
-    def _prefill(self) -> None:
-        """The next prompts, but for their last token, which the first decode step feeds."""
-        rows, width = self.generator.prefill_rows, self.width
-        taken = [self.waiting_prompts.popleft() for _ in range(min(rows, len(self.waiting_prompts)))]
-        tokens, segments = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
-        for row, index in enumerate(taken):
-            ids = self.prompts[index].ids[:-1]
-            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-            self.waiting.extend(_Task(index, sample, row) for sample in range(self.num_generations))
-        positions = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width)).copy()
-        self.cached = self.generator._prefill(Tensor(tokens), Tensor(positions), Tensor(segments))
-        self.generator.prefilled += len(taken)
-
-    def _insert(self, slots: list[int], tasks: list[_Task]) -> None:
-        generator, width = self.generator, self.width
-        kv_heads = generator.policy.config.num_kv_heads
-        # A graph of fixed shape: the last insertion repeated, which writes the same again.
-        padding = generator.insert_rows - len(slots)
-        target = np.array(slots + slots[-1:] * padding, np.int32)
-        source = np.array([task.row for task in tasks] + [tasks[-1].row] * padding, np.int32)
-        first = (target[:, None] * kv_heads + np.arange(kv_heads, dtype=np.int32)) * generator.length
-        rows = (first[:, :, None] + np.arange(width, dtype=np.int32)).reshape(-1)
-        generator._insert(Tensor(source), Tensor(rows), *self.cached)
-        for slot, task in zip(slots, tasks, strict=True):
-            prompt = self.prompts[task.prompt]
-            self.task[slot] = task
-            self.token[slot], self.position[slot], self.length[slot] = prompt.ids[-1], len(prompt.ids) - 1, 0
-            if self.continuations:
-                going_on = self.continuations[task.prompt]
-            else:
-                sample = self.first[task.prompt] + task.sample
-                going_on = Continuation(answer_key(self.seed, prompt.key, sample), 0, self.sampling.max_tokens)
-            self.key[slot], self.offset[slot], self.limit[slot] = going_on.key, going_on.offset, going_on.limit
-            if "penalty" in self.cell.features:
-                self.seen[slot] = 0
-                self.seen[slot, prompt.ids] = 1
-
-    def _step(self) -> None:
-        draw = uniforms(mix(self.key, self.offset + self.length))
-        inputs = (self.token, self.position, draw)
-        token, logprob = self.cell(*(Tensor(a) for a in inputs), *self.scalars, Tensor(self.seen))
-        token, logprob = token.asnumpy(), logprob.asnumpy()
-        self.generator.decode_steps += 1
-        active = np.array([task is not None for task in self.task])
-        rows = np.flatnonzero(active)
-        self.response[rows, self.length[rows]] = token[rows]
-        self.logprob[rows, self.length[rows]] = logprob[rows]
-        self.token[rows] = token[rows]
-        self.position[rows] += 1
-        self.length[rows] += 1
-        if "penalty" in self.cell.features:
-            self.seen[rows, token[rows]] = 1
-        if self.on_token:
-            for task, known in zip((self.task[row] for row in rows), token[rows].tolist(), strict=True):
-                self.on_token(task.prompt * self.num_generations + task.sample, known)
-        stopped = np.isin(token, self.generator.stop_ids)
-        for slot in np.flatnonzero(active & (stopped | (self.length >= self.limit))):
-            self._finish(slot, bool(stopped[slot]))
-
-    def _finish(self, slot: int, finished: bool) -> None:
-        task, count = self.task[slot], self.length[slot]
-        self.done[task.prompt, task.sample] = Rollout(
-            prompt_ids=self.prompts[task.prompt].ids,
-            response_ids=self.response[slot, :count].copy(),
-            sampled_logprobs=self.logprob[slot, :count].copy(),
-            finished=finished,
-            group=task.prompt,
-        )
-        self.task[slot] = None
-        self.token[slot] = self.position[slot] = 0
+def _nothing(*_):
+    raise AssertionError("this rank has no part in the generator's layout")

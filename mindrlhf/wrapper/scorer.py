@@ -8,8 +8,10 @@ from mindspore import Tensor, ops
 
 from mindrlhf.losses import logprobs_and_entropy
 from mindrlhf.models import cpu_kernels
+from mindrlhf.models.collectives import Group
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.types import PackedRows
+from mindrlhf.utils.parallel import gather_objects
 from mindrlhf.wrapper.graph import Graph
 
 _own = cpu_kernels.PRIMITIVES
@@ -48,7 +50,7 @@ class Scorer(Graph):
     def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
         """Log-probs [N] float32 of each micro-batch; 0 on padding."""
         names = (*POSITION_FIELDS, "labels")
-        return over(batches, names, lambda *inputs: self(*inputs)[0])
+        return over(batches, names, lambda *inputs: self(*inputs)[0], self.decoder)
 
 
 class ScoreHead(Graph):
@@ -63,12 +65,20 @@ class ScoreHead(Graph):
 
     def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
         """Scores [N] float32 of each micro-batch; 0 on padding."""
-        return over(batches, POSITION_FIELDS, self)
+        return over(batches, POSITION_FIELDS, self, self.decoder)
 
 
 POSITION_FIELDS = ("tokens", "positions", "segments", "index")
 
 
-def over(batches: Sequence[PackedRows], names: Sequence[str], run: Callable[..., Tensor]) -> list[np.ndarray]:
-    """What `run` returns for those fields of each micro-batch, masked."""
-    return [run(*(Tensor(getattr(batch, name)) for name in names)).asnumpy() * batch.mask for batch in batches]
+def over(
+    batches: Sequence[PackedRows], names: Sequence[str], run: Callable[..., Tensor], decoder: Decoder
+) -> list[np.ndarray]:
+    """What `run` returns for those fields of each micro-batch, masked. Data ranks of the decoder share the batches."""
+    data = Group.of(decoder.layout, "data")
+    own = [
+        run(*(Tensor(getattr(batch, name)) for name in names)).asnumpy() * batch.mask
+        for batch in batches[data.index :: data.size]
+    ]
+    shares = gather_objects(own, data.ranks)
+    return [shares[number % data.size][number // data.size] for number in range(len(batches))]

@@ -37,4 +37,4 @@ class StepScorer(Graph):
 
     def score(self, batches: Sequence[PackedRows]) -> list[np.ndarray]:
         """Judgements [N] float32 of each micro-batch; 0 on padding."""
-        return over(batches, POSITION_FIELDS, self)
+        return over(batches, POSITION_FIELDS, self, self.decoder)

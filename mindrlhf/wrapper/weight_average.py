@@ -6,6 +6,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
+from mindrlhf.layout import ONE_PROCESS
+from mindrlhf.models.shard import Shard
 from mindrlhf.wrapper.graph import Graph
 
 
@@ -28,7 +30,9 @@ class WeightAverage:
     decay is in [0, 1); the average starts as the parameters are when it is made, or at the last `restart`.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], decay: float):
+    def __init__(self, parameters: Sequence[Parameter], decay: float, shard: Shard | None = None):
+        """shard: of the decoder that they belong to, where processes share it."""
+        self.shard = shard or Shard(ONE_PROCESS)
         self.names = [parameter.name for parameter in parameters]
         self.parameters = ms.ParameterTuple(parameters)
         self.averages = self.parameters.clone(prefix="average", init="same")
@@ -37,22 +41,24 @@ class WeightAverage:
 
     def restart(self) -> None:
         """The average becomes the parameters as they are now."""
-        self.load_state(dict(zip(self.names, (p.asnumpy() for p in self.parameters), strict=True)).__getitem__)
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            average.set_data(Tensor(parameter.asnumpy().copy()))
 
     def update(self) -> None:
         self._average(Tensor(self.decay, ms.float32)).asnumpy()
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The averages by parameter name."""
+        """The averages by parameter name, whole; every rank has to go through all of them."""
         for name, average in zip(self.names, self.averages, strict=True):
-            yield name, average.asnumpy()
+            yield name, self.shard.whole(name, average.asnumpy())
 
     def load_state(self, read) -> None:
         """read: name -> array, the inverse of `state`."""
+        read = self.shard.cut(read)
         for name, average in zip(self.names, self.averages, strict=True):
-            average.set_data(Tensor(np.array(read(name), np.float32)))
+            average.set_data(Tensor(np.array(read(name), np.float32, order="C")))
 
     def over(self, weights: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-        """Those weights by name, the averages in place of what was averaged."""
+        """This rank's slices of those weights by name, the averages in place of what was averaged."""
         own = dict(zip(self.names, self.averages, strict=True))
         return lambda name: own[name].asnumpy() if name in own else weights(name)

@@ -32,7 +32,7 @@ LLAMA3_ROPE = {
 
 
 def test_the_fixtures_are_there():
-    assert len(MODELS) == 6
+    assert len(MODELS) == 7
 
 
 @pytest.mark.parametrize("name", MODELS)

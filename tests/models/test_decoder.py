@@ -9,7 +9,7 @@ from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.hf import check_names, read_tensors
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-NAMES = ["qwen2_tied", "qwen2_bf16_sharded", "llama_llama3_rope", "llama_attention_bias", "qwen2_yarn"]
+NAMES = ["qwen2_tied", "qwen2_bf16_sharded", "llama_llama3_rope", "llama_attention_bias", "qwen2_yarn", "mixtral"]
 
 
 def _open(name, transposed=False):

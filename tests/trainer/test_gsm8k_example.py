@@ -82,9 +82,9 @@ def test_the_job_runs_and_leaves_a_checkpoint_that_is_usable(downloads, tmp_path
 
 
 def test_the_scheduler_that_msrun_starts_does_not_train(downloads, tmp_path):
-    """msrun runs the script a second time with MS_ROLE=MS_SCHED."""
+    """msrun runs the command once more with MS_ROLE=MS_SCHED."""
     output = tmp_path / "run"
-    command = [sys.executable, str(EXAMPLE / "main.py"), "--config", str(EXAMPLE / "qwen2_5_gsm8k.yaml")]
+    command = [sys.executable, "-m", "mindrlhf", "grpo", "--config", str(EXAMPLE / "qwen2_5_gsm8k.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MS_ROLE": "MS_SCHED", "MS_WORKER_NUM": "1"}
     done = subprocess.run(
         [*command, *overrides(downloads, output)], env=environment, capture_output=True, text=True, timeout=120
@@ -100,12 +100,6 @@ def test_several_workers_are_refused_in_one_line(downloads, tmp_path, monkeypatc
     assert main(["grpo", "--config", config, *overrides(downloads, output)]) == 2
     assert capsys.readouterr().err.startswith("mindrlhf: error: MS_WORKER_NUM=2: several processes")
     assert not output.exists()
-
-
-def test_the_launch_script_says_its_usage():
-    done = subprocess.run([str(EXAMPLE / "run.sh")], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.startswith("usage: [WORKERS=1]")
 
 
 def read_lines(path):

@@ -22,10 +22,18 @@ def make_trainer(mindspore, tiny_config):
 
 
 def metrics_of(trainer):
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (trainer.output / "metrics.jsonl").read_text().splitlines()]
-    clock = ("time", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in clock and not k.startswith("seconds/")} for line in lines]
+    """metrics.jsonl without what depends on the machine."""
+    names = ("time", "tokens_per_second", "seconds/", "memory/")
+    return [{k: v for k, v in line.items() if not k.startswith(names)} for line in _lines(trainer)]
+
+
+def memory_of(trainer):
+    """What metrics.jsonl says about memory in the last step."""
+    return next(line for line in reversed(_lines(trainer)) if "memory/peak_gb" in line)
+
+
+def _lines(trainer):
+    return [json.loads(line) for line in (trainer.output / "metrics.jsonl").read_text().splitlines()]
 
 
 def same_checkpoint(one, two):
@@ -35,6 +43,11 @@ def same_checkpoint(one, two):
         for name in first:
             np.testing.assert_array_equal(first[name], second[name], err_msg=name)
     assert (one / "trainer_state.json").read_text() == (two / "trainer_state.json").read_text()
+
+
+def test_swap_is_refused_where_everything_is_needed_all_the_time(make_trainer):
+    with pytest.raises(UserError, match=r"memory.swap: True must be false with rollout.asynchronous"):
+        make_trainer(memory__swap="true", rollout__asynchronous="true")
 
 
 @pytest.mark.parametrize("stop", [2, 3], ids=["mid-epoch", "at-an-epochs-end"])
@@ -307,7 +320,7 @@ def test_the_kl_of_an_evaluation_is_that_of_its_answers(make_trainer):
     answers = [group[0] for group in trainer.collector.groups(prompts, 1, trainer.config.rollout.sampling, 0)]
     total = 0.0
     for answer in answers:
-        packing = pack([answer], trainer.config)
+        packing = pack([answer], trainer.config, trainer.policy.decoder.layout)
         policy, ref = (scorer.score(packing.batches)[0] for scorer in (trainer.old_scorer, trainer.scorer))
         total += float((policy - ref).sum())
     assert values["kl"] == pytest.approx(total / len(answers), abs=1e-4)

@@ -8,8 +8,10 @@ import pytest
 from mindrlhf.config import PPOConfig
 from mindrlhf.errors import UserError
 from mindrlhf.models.hf import read_tensors
+from mindrlhf.utils import memory
+from tests.servers import write_reward_model
 from tests.trainer.conftest import letter_reward
-from tests.trainer.test_online import metrics_of, same_checkpoint
+from tests.trainer.test_online import memory_of, metrics_of, same_checkpoint
 
 EVERYTHING = {
     "warmup__steps": 2, "warmup__batch_size": 4, "warmup__train": "[{path: PROBLEMS}]",
@@ -23,22 +25,28 @@ KINDS = pytest.mark.parametrize("kind", [{}, {"critic__shared_trunk": "true"}], 
 
 @pytest.fixture()
 def make_ppo(mindspore, tiny_config):
-    def make(rewards=letter_reward, **overrides):
+    def make(functions=letter_reward, **overrides):
         from mindrlhf.trainer.ppo import PPOTrainer
 
-        return PPOTrainer(tiny_config(kind=PPOConfig, **overrides), reward_funcs=rewards)
+        return PPOTrainer(tiny_config(kind=PPOConfig, **overrides), reward_funcs=functions)
 
     return make
 
 
 @KINDS
-def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_ppo, kind):
-    """With warm-up, average, pre-training, several epochs of minibatches and a coefficient that moves."""
-    options = {**EVERYTHING, **kind}
-    straight = make_ppo(output="straight", **options)
+def test_a_resumed_and_swapped_run_is_bit_equal_to_an_uninterrupted_one(
+    make_ppo, compilations, monkeypatch, mindspore, tmp_path, kind
+):
+    """With warm-up, average, pre-training, several epochs of minibatches, a reward model and a coefficient that moves;
+    interrupted, and what a phase does not need swapped out, down to the last page."""
+    monkeypatch.setattr(memory, "SMALLEST", 0)
+    rewards = f"[{{model: {write_reward_model(tmp_path / 'reward_model', mindspore)}}}]"
+    options = {**EVERYTHING, **kind, "rewards": rewards, "data__test": "[{path: PROBLEMS}]", "evaluation__kl": "true"}
+    options["trainer__evaluate_every"] = 2
+    straight = make_ppo(None, output="straight", **options)
     straight.fit()
-    make_ppo(output="resumed", **options, trainer__steps=2).fit()
-    second = make_ppo(output="resumed", **options)
+    make_ppo(None, output="resumed", **options, memory__swap="true", trainer__steps=2).fit()
+    second = make_ppo(None, output="resumed", **options, memory__swap="true")
     second.fit()
     one, two = straight.checkpoints.path(4), second.checkpoints.path(4)
     same_checkpoint(one, two)
@@ -50,6 +58,17 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_ppo, kind):
     steps = [line for line in lines if "loss" in line]
     assert steps[0]["kl_coef"] == 0.05 and len({line["kl_coef"] for line in steps}) == len(steps)
     assert all(line["pretraining_loss"] > 0 and "critic/explained_variance" in line for line in steps)
+    with_all, with_swap = (memory_of(trainer) for trainer in (straight, second))
+    assert with_swap["memory/spilled_gb"] > 0 and with_swap["memory/peak_gb"] < 0.8 * with_all["memory/peak_gb"]
+    report = json.loads((second.output / "memory.json").read_text())
+    training = ["train policy"] if kind else ["train critic", "train policy"]
+    before_it = ["sync", "generate", "rewards", "score reference", "score critic"]
+    assert [phase["phase"] for phase in report["phases"]] == [*before_it, *training]
+    name = "model.embed_tokens.weight"  # of who asks when all is done
+    np.testing.assert_array_equal(second.policy.decoder.weights(name), straight.policy.decoder.weights(name))
+    compiled = compilations()
+    second.run_step()
+    assert compilations() == compiled
 
 
 @KINDS
