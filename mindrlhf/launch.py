@@ -28,6 +28,7 @@ POLL_SECONDS = 0.05  # between looks at the workers
 SETTLE_SECONDS = 2.0  # in which others that fail too may show who was first; MindSpore needs one to leave
 GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 TAIL_LINES, TAIL_BYTES = 30, 1 << 14
+CHATTER = re.compile(rb"^\[INFO\] .*\n", re.MULTILINE)  # MindSpore's own, of a process that leaves; no level hides it
 DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 EPILOG = """Each worker has RANK_ID, RANK_SIZE, MINDRLHF_STORE and, unless it is set, OMP_NUM_THREADS: its share of the
 cores. What it prints is in logs/rank_N.log; what rank 0 prints is shown. When a worker fails the others are ended, and
@@ -62,7 +63,7 @@ class Worker:
         """The last lines that it printed."""
         with open(self.log, "rb") as file:
             file.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
-            return file.read().decode("utf-8", "replace").rstrip().splitlines()[-TAIL_LINES:]
+            return CHATTER.sub(b"", file.read()).decode("utf-8", "replace").rstrip().splitlines()[-TAIL_LINES:]
 
     def names_a_cause(self) -> bool:
         """False where it may have failed only because another did: a collective without its peer is a RuntimeError."""
@@ -144,9 +145,11 @@ class Launcher:
         with open(first.log, "rb") as file:
             file.seek(self.shown)
             text = file.read()
+        if not first.has_ended():
+            text = text[: text.rfind(b"\n") + 1]  # whole lines
         self.shown += len(text)
         try:
-            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.write(CHATTER.sub(b"", text))
             sys.stdout.flush()
         except BrokenPipeError:  # nobody reads any more, and Python's own flush at the end must not complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,10 +9,8 @@ from mindrlhf.utils.parallel import agree, start, world
 
 
 def training_layout(config: OnlineConfig | OfflineConfig) -> Layout:
-    """Joins the other processes first. Raises UserError, in all of them, where their configurations differ, and for a
-    layout that does not fit their number."""
-    start()
-    agree("the configuration", config_to_yaml(config))
+    """Also joins the other processes. Raises UserError for a layout that does not fit their number, before it joins
+    them, and in all of them where their configurations differ."""
     layout = Layout.of(config.parallel, world().size, "parallel")
     if layout.size < world().size:
         raise UserError(
@@ -21,6 +19,10 @@ def training_layout(config: OnlineConfig | OfflineConfig) -> Layout:
         )
     if config.model.lora.dropout and layout.sequence > 1:
         raise UserError("model.lora.dropout: must be 0 where parallel.sequence splits the rows")
+    if isinstance(config, OnlineConfig):
+        generation_layout(config.rollout.parallel, layout)
+    start()
+    agree("the configuration", config_to_yaml(config))
     return layout
 
 

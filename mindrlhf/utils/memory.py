@@ -11,7 +11,7 @@ from mindspore import Parameter
 
 DONTNEED = 4  # madvise(2): drop the pages; they read as zeros when touched again
 GB = 1e9  # bytes
-SMALLEST = 1 << 20  # bytes; below it the call costs more than the memory is worth
+SMALLEST = 1 << 16  # bytes; below it the call costs more than the memory is worth
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

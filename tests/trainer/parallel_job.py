@@ -1,0 +1,75 @@
+"""Small whole runs, one after the other, as ranks of one world:
+
+    parallel_job.py DIRECTORY CASE [CASE ...]
+
+CASE is NAME:KIND:key=value;key=value... and runs into DIRECTORY/NAME. KIND is a command that trains, or grpo_experts.
+The data lies in DIRECTORY (`write_data`). A name that came before goes on with that run.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from mindrlhf.utils.parallel import prepare_environment
+from tests.trainer import stages
+
+DECODER = {**stages.DECODER, "num_key_value_heads": 4}
+EXPERTS = {
+    **DECODER, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+COMMON = {"model.build.vocab_size": 272, "trainer.rows": 2, "trainer.steps": 20, "logging.tensorboard": "false"}
+ONLINE = {
+    "rollout.prompts_per_step": 4, "rollout.num_generations": 4, "rollout.slots": 8, "rollout.max_prompt_tokens": 8,
+    "rollout.sampling.max_tokens": 7, "algorithm.kl_coef": 0.01, "algorithm.learning_rate": 1e-3,
+    "rollout.check_sync": "true",
+}  # fmt: skip
+OFFLINE = {"training.batch_size": 8, "training.learning_rate": 1e-3}
+
+
+def write_data(directory: Path) -> None:
+    stages.write_rows(directory / "rows.jsonl")
+    rows = [{"prompt": f"{a}+{a + 1}=", "label": str(2 * a + 1)} for a in range(6)]
+    (directory / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def letter_reward(completions, **columns):
+    """The share of even characters, so that every group has a signal."""
+    return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in completions]
+
+
+def trainer_of(directory: Path, name: str, kind: str, overrides: list[str]):
+    import mindrlhf.config as configurations
+    from mindrlhf import DPOTrainer, GRPOTrainer, PPOTrainer, SFTTrainer
+
+    command = kind.partition("_")[0]
+    online = command in ("grpo", "ppo")
+    data = directory / ("problems.jsonl" if online else "rows.jsonl")
+    values = {
+        "output": directory / name,
+        "model.build.decoder": json.dumps(EXPERTS if kind == "grpo_experts" else DECODER),
+        "model.build.tokenizer_files": f"[{directory / 'rows.jsonl'}]",
+        "data.train": f"[{{path: {data}}}]",
+        "data.test": f"[{{path: {data}}}]",
+        **COMMON,
+        **(ONLINE if online else OFFLINE),
+    }
+    if command == "sft":
+        values["data.response_key"] = "chosen"
+    given = [f"{key}={value}" for key, value in values.items()] + overrides
+    config = configurations.load_config(getattr(configurations, f"{command.upper()}Config"), None, given)
+    make = {"grpo": GRPOTrainer, "ppo": PPOTrainer, "dpo": DPOTrainer, "sft": SFTTrainer}[command]
+    return make(config, reward_funcs=letter_reward) if online else make(config)
+
+
+def main(directory: str, *cases: str) -> None:
+    from mindrlhf.utils.parallel import gather_objects
+
+    for case in cases:
+        name, kind, overrides = case.split(":", 2)
+        trainer_of(Path(directory), name, kind, [one for one in overrides.split(";") if one]).fit()
+    gather_objects(None)  # rank 0 holds the store: it leaves last
+
+
+if __name__ == "__main__":
+    prepare_environment()
+    main(*sys.argv[1:])
