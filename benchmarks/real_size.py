@@ -29,22 +29,19 @@ class Phases:
         self.rows: list[dict[str, float | str]] = []
 
     def __call__(self, name: str, function):
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+        from mindrlhf.utils.memory import peak_rss, reset_peak_rss
+
+        reset_peak_rss()
         start = time.perf_counter()
         result = function()
-        row = {"phase": name, "seconds": round(time.perf_counter() - start, 2), "peak_gib": round(_peak_gib(), 2)}
+        seconds = round(time.perf_counter() - start, 2)
+        row = {"phase": name, "seconds": seconds, "peak_gib": round(peak_rss() / 2**30, 2)}
         self.rows.append(row)
         print(f"{name:<34}{row['seconds']:>9.2f} s {row['peak_gib']:>8.2f} GiB", flush=True)
         return result
 
     def seconds(self, name: str) -> float:
         return next(row["seconds"] for row in self.rows if row["phase"] == name)
-
-
-def _peak_gib() -> float:
-    status = Path("/proc/self/status").read_text()
-    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(kilobytes) / 2**20
 
 
 def even_reward(completions, **columns):

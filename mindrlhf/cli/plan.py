@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="a checkpoint directory or a config.json, instead of the models that the job names"
     )
-    parser.add_argument(
-        "--chosen-experts", action="store_true", help="a token is computed by the experts it chose only"
-    )
+    parser.add_argument("--chosen-experts", action="store_true", help="compute only the experts that a token chose")
     parser.add_argument("--keep-layouts", action="store_true", help="no search: the layouts and rows of the config")
     parser.add_argument("--device", choices=["Ascend", "CPU"], default="Ascend", help="CPU: processes of this suite")
     parser.add_argument("--precision", choices=["bfloat16", "float32"], help="default: bfloat16, on a CPU float32")

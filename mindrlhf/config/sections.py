@@ -266,7 +266,7 @@ class MemoryConfig:
     """What a phase does not need is put away while it runs."""
 
     swap: bool = False  # models and optimizer states leave the device's memory (on a CPU: the process's) between uses
-    directory: PathText = ""  # where the mapped files of swap lie, on a CPU; empty: the system's temporary directory
+    directory: PathText = ""  # where the files of swap lie, on a CPU; empty: the system's temporary directory
     prefetch: bool = True  # begin to bring the next phase's roles back while the current one still runs
 
 

@@ -2,8 +2,9 @@
 
     parallel_job.py DIRECTORY CASE [CASE ...]
 
-CASE is NAME:KIND:key=value;key=value... and runs into DIRECTORY/NAME. KIND is a command that trains, or grpo_experts.
-The data lies in DIRECTORY (`write_data`). A name that came before goes on with that run.
+CASE is NAME:KIND:key=value;key=value... and runs into DIRECTORY/NAME. KIND is of ONLINE_KINDS or of stages.STAGES; kd
+needs a run named teacher, of two steps, before it. The data lies in DIRECTORY (`write_data`). A name that came before
+goes on with that run.
 """
 
 import json
@@ -25,6 +26,12 @@ ONLINE = {
 }  # fmt: skip
 OFFLINE = {"training.batch_size": 8, "training.learning_rate": 1e-3}
 
+ONLINE_KINDS = {  # as stages.STAGES
+    "grpo": ("GRPOConfig", "GRPOTrainer", []),
+    "grpo_experts": ("GRPOConfig", "GRPOTrainer", []),
+    "ppo": ("PPOConfig", "PPOTrainer", []),
+}
+
 
 def write_data(directory: Path) -> None:
     stages.write_rows(directory / "rows.jsonl")
@@ -38,11 +45,11 @@ def letter_reward(completions, **columns):
 
 
 def trainer_of(directory: Path, name: str, kind: str, overrides: list[str]):
+    import mindrlhf
     import mindrlhf.config as configurations
-    from mindrlhf import DPOTrainer, GRPOTrainer, PPOTrainer, SFTTrainer
 
-    command = kind.partition("_")[0]
-    online = command in ("grpo", "ppo")
+    online = kind in ONLINE_KINDS
+    config_class, trainer, more = ONLINE_KINDS[kind] if online else stages.STAGES[kind]
     data = directory / ("problems.jsonl" if online else "rows.jsonl")
     values = {
         "output": directory / name,
@@ -53,11 +60,10 @@ def trainer_of(directory: Path, name: str, kind: str, overrides: list[str]):
         **COMMON,
         **(ONLINE if online else OFFLINE),
     }
-    if command == "sft":
-        values["data.response_key"] = "chosen"
-    given = [f"{key}={value}" for key, value in values.items()] + overrides
-    config = configurations.load_config(getattr(configurations, f"{command.upper()}Config"), None, given)
-    make = {"grpo": GRPOTrainer, "ppo": PPOTrainer, "dpo": DPOTrainer, "sft": SFTTrainer}[command]
+    given = [f"{key}={value}" for key, value in values.items()] + [*more, *overrides]
+    given = [one.replace("TEACHER", str(directory / "teacher/checkpoints/step-000002")) for one in given]
+    config = configurations.load_config(getattr(configurations, config_class), None, given)
+    make = getattr(mindrlhf, trainer)
     return make(config, reward_funcs=letter_reward) if online else make(config)
 
 

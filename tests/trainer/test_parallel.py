@@ -25,7 +25,7 @@ def metrics_of(run_directory):
 
 
 def completions_of(run_directory):
-    return (run_directory / "completions.jsonl").read_text()
+    return (run_directory / "completions.jsonl").read_text()  # empty where nothing is generated
 
 
 def assert_same_run(directory, name, reference, step=20):
@@ -102,18 +102,31 @@ def test_every_layout_of_four_processes_and_a_run_that_changes_it(directory, ref
 
 
 @pytest.mark.slow
-def test_other_trainers_in_two_processes(directory, reference):
+def test_other_online_trainers_in_two_processes(directory, reference):
     ppo = f"{DUMP};critic.learning_rate=1e-3;algorithm.kl_coef=0.02;algorithm.ema_decay=0.9;memory.swap=true"
     cases = {
         "ppo": ("ppo", ppo, "parallel.tensor=2;rollout.parallel.tensor=1"),
         "experts": ("grpo_experts", DUMP, "parallel.tensor=2;parallel.expert=2;rollout.parallel.expert=1"),
-        "dpo": ("dpo", "", "parallel.data=2;parallel.zero=true"),
-        "sft": ("sft", "", "parallel.tensor=2"),
     }
     run(directory, 2, *(f"{name}2:{kind}:{common};{layout}" for name, (kind, common, layout) in cases.items()))
     for name, (kind, common, _) in cases.items():
-        reference(f"{name}1", kind, common)
-        if kind in ("dpo", "sft"):
-            for one in (f"{name}1", f"{name}2"):
-                (directory / one / "completions.jsonl").touch()
-        assert_same_run(directory, f"{name}2", f"{name}1")
+        assert_same_run(directory, f"{name}2", reference(f"{name}1", kind, common))
+
+
+@pytest.mark.slow
+def test_every_offline_stage_in_two_processes(directory):
+    """Tensor ranks for some, data ranks for the others, sequence ranks for one; a few steps each."""
+    layouts = {
+        "sft": "parallel.sequence=2",
+        "rm": "parallel.tensor=2",
+        "prm": "parallel.tensor=2",
+        "dpo": "parallel.data=2;parallel.zero=true",
+        "kto": "parallel.data=2",
+        "kd": "parallel.tensor=2",
+    }
+    few = "trainer.steps=4"
+    teacher = "teacher:sft:trainer.steps=2;seed=3"
+    run(directory, 1, teacher, *(f"{stage}1:{stage}:{few}" for stage in layouts))
+    run(directory, 2, *(f"{stage}2:{stage}:{few};{layout}" for stage, layout in layouts.items()))
+    for stage in layouts:
+        assert_same_run(directory, f"{stage}2", f"{stage}1", step=4)
