@@ -205,12 +205,15 @@ class Decoder(nn.Cell):
         return merged(lambda name: self._as_stored(self.by_name[name]), scale, adapter)(name)
 
     def load(self, weights: Weights) -> None:
-        """New values for every parameter but the adapters'. Compiled cells see them without recompiling."""
-        weights = self.shard.cut(weights)
-        for parameter in self.by_name.values():
-            name = EMBEDDING if self._is_tied_head(parameter.name) else parameter.name
-            array = weights(name)
-            _set(parameter, array.T if self._is_transposed(parameter.name) else array)
+        """New values for every parameter but the adapters'. Compiled cells see them without recompiling.
+
+        Whole tensors; every rank asks for all of them, in one order.
+        """
+        own = self.shard.cut(weights)
+        for name in expected_shapes(self.config):
+            array = own(name)
+            if array is not None:
+                self.write(name, (...,), array)
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         """A part of the parameter of that name, in place: box is relative to this rank's slice, Hugging Face's axes."""

@@ -31,9 +31,16 @@ class Experts(nn.Cell):
         super().__init__(auto_prefix=False)
         self.chosen, self.count, self.width = config.experts_per_token, config.num_experts, config.hidden_size
         self.gate = Linear(f"{name}.gate", make, False)
-        owned = [number for number in range(config.num_experts) if make.shard.holds(f"{name}.experts.{number}.")]
-        self.experts = nn.CellList([Expert(f"{name}.experts.{n}", make) for n in owned], auto_prefix=False)
-        self.owned = tuple(owned)
+        experts = []
+        for number in range(config.num_experts):
+            expert = f"{name}.experts.{number}"
+            if make.shard.holds(f"{expert}."):
+                experts.append((number, Expert(expert, make)))
+            else:  # all ranks ask for all weights, in one order: they may be brought together from several
+                for kind in ("w1", "w2", "w3"):
+                    make.weights(f"{expert}.{kind}.weight")
+        self.owned = tuple(number for number, _ in experts)
+        self.experts = nn.CellList([cell for _, cell in experts], auto_prefix=False)
         self.copy, self.sum = make.shard.copy(), make.shard.sum()
 
     def weights(self, x):

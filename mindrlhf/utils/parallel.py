@@ -66,7 +66,7 @@ def device_target() -> str:
 def start(threads: int | None = None, seed: int | None = None) -> str:
     """Graph mode, device and threads; the second and later calls only seed again.
 
-    threads: of the element-wise CPU kernels, default OMP_NUM_THREADS, which is the usable cores; matrix products always use every core.
+    threads: of the element-wise CPU kernels, default OMP_NUM_THREADS, and that is the usable cores where it is not set.
     seed: of MindSpore's own and NumPy's global generators; None leaves them alone.
     Returns the device. Raises UserError for an unknown device, and for one that is not there.
     """

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# mindrlhf prm under msrun; its variables, WORKERS and others, are in ../msrun.sh.
+exec "$(dirname "${BASH_SOURCE[0]}")/../msrun.sh" prm "$@"
