@@ -99,7 +99,6 @@ class Checkpoints:
             return True
         self.directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
         return False
 
     def _finish(self, partial: Path, final: Path) -> None:

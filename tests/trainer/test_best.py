@@ -329,5 +329,5 @@ def test_save_checkpoint_as_the_published_program_calls_it(toy):
     trainer = toy(VALUES)
     trainer.run_step()
     assert trainer.save_checkpoint(0, 3) == trainer.checkpoints.path(1) == trainer.save_checkpoint()
-    with pytest.raises(UserError, match="rank_id 1: several processes are not supported yet"):
+    with pytest.raises(UserError, match="rank_id 1: this is process 0 of 1; pass its number"):
         trainer.save_checkpoint(1, 3)

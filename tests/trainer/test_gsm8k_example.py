@@ -93,14 +93,5 @@ def test_the_scheduler_that_msrun_starts_does_not_train(downloads, tmp_path):
     assert not output.exists()
 
 
-def test_several_workers_are_refused_in_one_line(downloads, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MS_WORKER_NUM", "2")
-    output = tmp_path / "run"
-    config = str(EXAMPLE / "qwen2_5_gsm8k.yaml")
-    assert main(["grpo", "--config", config, *overrides(downloads, output)]) == 2
-    assert capsys.readouterr().err.startswith("mindrlhf: error: MS_WORKER_NUM=2: several processes")
-    assert not output.exists()
-
-
 def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

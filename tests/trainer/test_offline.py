@@ -50,7 +50,7 @@ def test_resumed_is_uninterrupted(stage, make_stage):
 LORA = ("model.path=TEACHER", "model.lora.rank=2", "model.lora.target_modules=[q_proj, up_proj]")
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("rm", marks=pytest.mark.slow), "dpo"])
 def test_only_adapters_are_trained_and_dropout_is_resumed(stage, make_stage):
     options = (*LORA, "model.lora.dropout=0.3", "training.schedule=constant")
 

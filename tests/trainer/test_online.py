@@ -317,6 +317,7 @@ def test_the_kl_of_an_evaluation_is_that_of_its_answers(make_trainer):
     prompts = trainer.held_out.prompts
     trainer.collector.sync()
     values = evaluate_kl(trainer.collector, prompts, trainer.scorer, 0.1)
+    trainer.collector.sync()  # the scorers have taken the generator's place
     answers = [group[0] for group in trainer.collector.groups(prompts, 1, trainer.config.rollout.sampling, 0)]
     total = 0.0
     for answer in answers:

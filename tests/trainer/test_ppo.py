@@ -20,7 +20,8 @@ EVERYTHING = {
     "algorithm__missing_stop_penalty": 0.5, "pretraining__coef": 0.1, "pretraining__train": "[{path: PROBLEMS}]",
     "pretraining__batch_size": 2, "critic__learning_rate": 1e-2,
 }  # fmt: skip
-KINDS = pytest.mark.parametrize("kind", [{}, {"critic__shared_trunk": "true"}], ids=["own-critic", "shared-trunk"])
+OWN, SHARED = pytest.param({}, id="own-critic"), {"critic__shared_trunk": "true"}
+KINDS = pytest.mark.parametrize("kind", [OWN, pytest.param(SHARED, id="shared-trunk")])
 
 
 @pytest.fixture()
@@ -33,7 +34,7 @@ def make_ppo(mindspore, tiny_config):
     return make
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [OWN, pytest.param(SHARED, id="shared-trunk", marks=pytest.mark.slow)])
 def test_a_resumed_and_swapped_run_is_bit_equal_to_an_uninterrupted_one(
     make_ppo, compilations, monkeypatch, mindspore, tmp_path, kind
 ):

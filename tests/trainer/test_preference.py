@@ -16,7 +16,10 @@ FIRST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("dpo", "orpo") else pytest.param(name, marks=pytest.mark.slow) for name in PREFERENCE_LOSSES],
+)
 def test_a_row_of_the_table_learns(name, make_stage):
     smoothed = ["loss.label_smoothing=0.1"] if name in ("cdpo", "robust") else []
     trainer = make_stage("dpo", f"loss.name={name}", "loss.nll_coef=0", *smoothed)
@@ -47,7 +50,7 @@ def test_kto_begins_at_a_half(make_stage):
     assert values["loss"] == pytest.approx(0.5, abs=1e-5) and values["kl_baseline"] < 1e-5
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto", "kto_pair"])
+@pytest.mark.parametrize("stage", ["dpo", "kto", pytest.param("kto_pair", marks=pytest.mark.slow)])
 def test_references_agree(stage, make_stage):
     options = ("model.path=TEACHER", "model.lora.rank=2", "training.learning_rate=1e-2")
     cached, live, off = (

@@ -33,6 +33,7 @@ def example_of(stage, row):
     return Preference(conversation(row["chosen"]), conversation(row["rejected"]), row["margin"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", NAMES)
 def test_losses_are_those_of_torch(mindspore, tmp_path, monkeypatch, stage):
     from mindrlhf.data.examples import Examples

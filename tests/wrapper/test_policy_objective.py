@@ -82,7 +82,11 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "mode", "batch"), KINDS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("kind", "mode", "batch"),
+    [one if one[0] in ("ppo", "gspo") else pytest.param(*one, marks=pytest.mark.slow) for one in KINDS],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_micro_batches_packing_and_order_change_nothing(mindspore, micro_config, answers, kind, mode, batch):
     from mindrlhf.wrapper.policy_objectives import PolicyLoss
 
