@@ -10,3 +10,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+class CommonError(UserError):
+    """One that all processes of a job have at the same place, so that they can still act together."""

@@ -92,6 +92,9 @@ class Launcher:
             if failed and failed[0].process.returncode > 0:  # one that was killed is the cause
                 self._watch(lambda: self.signals, SETTLE_SECONDS)
                 failed = self._failed()
+            if failed and len(self.ended) < len(self.workers):
+                how = _how_it_ended(failed[0].process.returncode)
+                print(f"mindrlhf.launch: rank {failed[0].rank} {how}; ending the others", file=sys.stderr, flush=True)
         finally:
             self._stop()
         if failed:
@@ -171,10 +174,15 @@ class Launcher:
         first = self.workers[0]
         if code == 2 and first.rank == 0 and tail[-1:] == first.tail()[-1:]:
             return code  # the user's mistake, in one line, which rank 0 has shown
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        print(f"mindrlhf.launch: rank {cause.rank} {how}; the end of {cause.log}:", file=sys.stderr)
-        print("".join(f"  {line}\n" for line in tail), end="", file=sys.stderr)
+        said = f"the end of {cause.log}:" if tail else f"{cause.log} is empty"
+        print(f"mindrlhf.launch: rank {cause.rank} {_how_it_ended(code)}; {said}", file=sys.stderr)
+        if cause is not first or first.rank != 0:  # what rank 0 printed has been shown
+            print("".join(f"  {line}\n" for line in tail), end="", file=sys.stderr)
         return 128 - code if code < 0 else code
+
+
+def _how_it_ended(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 
 def _die_with_this_process() -> Callable[[], None] | None:

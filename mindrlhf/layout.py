@@ -52,9 +52,10 @@ class Layout:
         together = config.tensor * config.sequence
         data = config.data or world // together
         if data * together > world or not data:
+            started = "1 was" if world == 1 else f"{world} were"
             raise UserError(
                 f"{where}: tensor {config.tensor} x sequence {config.sequence} x data {max(data, 1)} is "
-                f"{max(data, 1) * together} processes, and {world} were started; change one of them, or start "
+                f"{max(data, 1) * together} processes, and {started} started; change one of them, or start "
                 f"with `python -m mindrlhf.launch --workers {max(data, 1) * together}`"
             )
         if not config.data and data * together != world:

@@ -14,7 +14,9 @@ import sys
 from collections.abc import Sequence
 
 from mindrlhf.errors import UserError
-from mindrlhf.utils.parallel import prepare_environment
+from mindrlhf.utils.parallel import prepare_environment, world
+
+TRAINING = "mindrlhf.cli.train"
 
 # name, help, module with add_arguments(parser) and run(arguments) -> exit code
 COMMANDS = (
@@ -77,6 +79,8 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, modules, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(modules)
         raise UserError(f"unknown command {name!r}; {hint}")
+    if world().size > 1 and modules[name] != TRAINING:
+        raise UserError(f"mindrlhf {name} runs in one process; start it without msrun or mindrlhf.launch (RANK_SIZE)")
     module = importlib.import_module(modules[name])
     parser = argparse.ArgumentParser(
         prog=f"mindrlhf {name}",

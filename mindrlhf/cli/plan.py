@@ -56,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     from mindrlhf.planner.report import as_json, as_text, verdict
     from mindrlhf.planner.search import make_plan, search
 
+    if arguments.picture and not arguments.picture.endswith((".png", ".svg", ".pdf")):
+        raise UserError(f"--picture {arguments.picture}: name a file that ends in .png, .svg or .pdf")
     devices = read_devices(arguments)
     config = read_config(arguments.config, arguments.overrides)
     job = read_job(config, arguments.model or _model(arguments.config))
@@ -91,7 +93,7 @@ def read_devices(arguments: argparse.Namespace) -> "Devices":
     if arguments.devices_per_host is not None:
         given["devices_per_host"] = arguments.devices_per_host
     on_host = arguments.device == "CPU"
-    memory = quantity(arguments.device_memory, "--device-memory", UNITS)
+    memory = quantity(arguments.device_memory, "--device-memory", {unit: UNITS[unit] for unit in UNITS if unit})
     precision = arguments.precision or ("float32" if on_host else "bfloat16")
     return Devices(arguments.devices, int(memory), precision, on_host, **given)
 
@@ -212,6 +214,8 @@ def configured(config: Any, job: "Job", devices: int) -> Any:
 
     own, other = config.parallel, config.rollout.parallel
     other = replace(other, tensor=other.tensor or own.tensor, expert=other.expert or own.expert)
+    if own.sequence > 1:
+        raise UserError("parallel.sequence: the planner does not know the memory of its attention scores; set it to 1")
     training = Layout.of(own, devices, "parallel")
     generation = Layout.of(other, devices, "rollout.parallel")
     for layout, where in ((training, "parallel"), (generation, "rollout.parallel")):

@@ -5,6 +5,8 @@ import importlib
 import math
 from typing import Any, NamedTuple
 
+from mindrlhf.utils.parallel import is_main
+
 
 class Job(NamedTuple):
     description: str
@@ -67,9 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
     module, _, name = job.trainer.partition(":")
     trainer = getattr(importlib.import_module(module), name)(config)
     try:
-        print(report(trainer.fit(), config.output))
+        summary = trainer.fit()
+        if is_main():
+            print(report(summary, config.output))
     except KeyboardInterrupt:
-        steps = trainer.checkpoints.steps()
+        steps = trainer.checkpoints.own_steps()
         saved = f"the same command goes on from step {steps[-1]}" if steps else "nothing saved: see trainer.save_every"
         raise KeyboardInterrupt(saved) from None
     return 0

@@ -225,7 +225,7 @@ def write_tensor_file(path: Path, tensors: Iterable[Source]) -> None:
 
 
 def _go_through(tensors: Iterable[Source]) -> None:
-    for _, _, getter in list(tensors):
+    for _, _, getter in tensors:
         getter()
 
 

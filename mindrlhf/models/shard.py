@@ -1,5 +1,7 @@
 """This rank's part of a decoder under a layout: slices of tensors on the host, and the collectives of its cells."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from mindspore import nn
 
@@ -43,6 +45,13 @@ class Shard:
             return part
         pieces = [piece for piece in gather_objects(part, self.tensor.ranks) if piece is not None]
         return pieces[0] if axis is None or len(pieces) == 1 else np.concatenate(pieces, axis)
+
+    def every_name(self, names: Sequence[str]) -> list[str]:
+        """Those names and the other tensor ranks', in one order: of an expert not every rank has tensors."""
+        every: dict[str, None] = {}
+        for own in gather_objects(list(names), self.tensor.ranks):
+            every |= dict.fromkeys(own)
+        return list(every)
 
     def copy(self) -> nn.Cell:
         """Before a matrix whose outputs are split."""

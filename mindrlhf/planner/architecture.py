@@ -211,6 +211,8 @@ def read_architecture(path: str | Path) -> Architecture:
     """Of a config.json, or of the checkpoint directory that holds one. Raises UserError."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
+    if file.suffix in (".yaml", ".yml"):
+        raise UserError(f"{file}: is not a config.json; give that of the checkpoint, or its directory")
     return architecture_of(read_json(file), str(file))
 
 

@@ -129,8 +129,8 @@ def remedies(plan: Plan) -> str:
     held = [(value, " ".join(key)) for key, value in plan.phases[plan.peak[0]].items() if key[1] != RUNTIME]
     largest = max(held)
     return (
-        f"neither memory.swap nor {8 * devices.count} devices would do: the {largest[1]} alone take "
-        f"{_gigabytes(largest[0])}; take a smaller model, a higher tensor count that divides it, or more memory"
+        f"neither memory.swap nor {8 * devices.count} devices would do: the {largest[1]} alone need "
+        f"{_gigabytes(largest[0])}; take more devices, a smaller model, or more memory"
     )
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindrlhf.errors import UserError
 from mindrlhf.layout import Layout
@@ -11,8 +11,6 @@ from mindrlhf.planner.estimate import generation_seconds, step_seconds
 from mindrlhf.planner.job import Arrangement, Devices, Job
 from mindrlhf.planner.memory import GENERATE, GENERATOR, Use, peak, plan_phases
 from mindrlhf.planner.sync import Sync, weight_sync
-
-MOST_SEQUENCE = 16  # ranks that split a row; each layer's gathering of keys and values grows with them
 
 
 @dataclass(frozen=True)
@@ -47,30 +45,27 @@ def make_plan(job: Job, devices: Devices, arrangement: Arrangement, considered: 
     return Plan(job, devices, arrangement, phases, seconds, sync, considered)
 
 
-def layouts(models: list[Architecture], devices: int, is_training: bool, row_tokens: int = 0) -> Iterator[Layout]:
-    """All that use every device and divide each of the models.
+def layouts(models: list[Architecture], devices: int, is_training: bool) -> Iterator[Layout]:
+    """All without sequence ranks that use every device and divide each of the models.
 
+    Sequence ranks keep the scores of whole rows, which the formulas of activations do not know.
     Pipeline stages do not exist yet: they would be one axis more here, a share of the layers in numbers_on_rank, and
     several micro-batches' activations in training_bytes.
     """
     for tensor in _divisors(devices):
         for expert in _divisors(tensor) if any(model.num_experts for model in models) else [1]:
-            for sequence in _divisors(devices // tensor) if is_training else [1]:
-                if sequence > MOST_SEQUENCE or (is_training and row_tokens % sequence):
-                    continue
-                data = devices // tensor // sequence
-                layout = Layout(data, tensor, expert, sequence)
-                if all(_divides(model, layout) for model in models):
-                    yield layout
-                    if is_training and data > 1:
-                        yield Layout(data, tensor, expert, sequence, zero=True)
+            layout = Layout(devices // tensor, tensor, expert)
+            if all(_divides(model, layout) for model in models):
+                yield layout
+                if is_training and layout.data > 1:
+                    yield replace(layout, zero=True)
 
 
 def search(job: Job, devices: Devices) -> Plan:
     """The fastest by the estimate of what fits; of equals, the one that needs least memory. Where nothing fits, the
     one with the smallest overrun. There is always a layout: replicas divide any model."""
     models = [model for model in (job.policy, job.reference, job.critic, *job.reward_models) if model]
-    training = list(layouts(models, devices.count, True, job.row_tokens))
+    training = list(layouts(models, devices.count, True))
     generation = _undominated(job, devices, list(layouts([job.policy], devices.count, False)))
     rows = _halves(job.rows)
     considered = len(training) * len(generation) * len(rows)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.config import OfflineConfig, OnlineConfig, config_to_yaml, difference
-from mindrlhf.errors import UserError
+from mindrlhf.errors import CommonError, UserError
 from mindrlhf.models.decoder import Decoder
 from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import Source
@@ -186,10 +186,10 @@ class Trainer(ABC):
         if resumed and (self.step >= total or self._is_stopped) and from_main(finished.is_file):
             return from_main(lambda: read_json(finished))  # nothing to do, nothing to overwrite
         with RunLog(self.output, logging, config_to_yaml(self.config), self._recorded) as log:
-            if resumed and is_main():
-                print(f"resumed from {self.checkpoints.path(self.step)}")
-            else:
+            if not resumed:
                 self.prepare(log)
+            elif is_main():
+                print(f"resumed from {self.checkpoints.path(self.step)}")
             self._start_best(log)
             with Progress(total, self.step, self.output.name, logging.progress) as progress:
                 while self.step < total and not self._is_stopped:
@@ -215,6 +215,8 @@ class Trainer(ABC):
         try:
             metrics, rows = self.run_step()
         except UserError as error:  # a reward function that fails: nothing was updated in this step
+            if not can_save(error):
+                raise
             raise UserError(f"{error}; stopped at step {self.step}, saved {self._save(before)}") from error
         config = self.config.trainer
         if rows:
@@ -241,7 +243,7 @@ class Trainer(ABC):
         try:
             return self.evaluate()
         except UserError as error:
-            if self.step == 0:
+            if self.step == 0 or not can_save(error):
                 raise
             raise UserError(f"{error}; stopped at step {self.step}, saved {self._save()}") from error
 
@@ -278,6 +280,11 @@ class Trainer(ABC):
         path = None if best.step is None else str(self.checkpoints.path(best.step))
         found = {"metric": best.metric, "step": best.step, "value": best.value, "checkpoint": path}
         return {"best": {**found, "evaluations_since": best.worse}, "stopped_early": self.step < total}
+
+
+def can_save(error: UserError) -> bool:
+    """Behind a mistake that this process met: saving needs all of them."""
+    return world().size == 1 or isinstance(error, CommonError)
 
 
 def check_rank(rank_id: int) -> None:

@@ -67,10 +67,11 @@ class Checkpoints:
         self.directory, self.keep = directory, keep
 
     def steps(self) -> list[int]:
-        """Whole checkpoints, oldest first; the same in every process."""
-        return from_main(self._steps)
+        """Whole checkpoints, oldest first; the same in every process, and all have to ask."""
+        return from_main(self.own_steps)
 
-    def _steps(self) -> list[int]:
+    def own_steps(self) -> list[int]:
+        """As this process sees them."""
         names = [path.name for path in self.directory.glob("step-*") if (path / STATE_FILE).is_file()]
         return sorted(int(name.removeprefix("step-")) for name in names)
 
@@ -119,7 +120,7 @@ class Checkpoints:
         best = self.directory / BEST_FILE
         spared = {0, read_json(best).get("step")} if best.is_file() else {0}
         if self.keep:
-            for step in [step for step in self._steps() if step > 0][: -self.keep]:
+            for step in [step for step in self.own_steps() if step > 0][: -self.keep]:
                 if step not in spared:
                     shutil.rmtree(self.path(step))
         for partial in self.directory.glob(f"{PARTIAL}*"):

@@ -41,8 +41,7 @@ class RunLog:
         self.start = time.monotonic()
         self.writers: dict[str, Any] = {}  # TensorBoard, by folder; opened when first written to
         self.purge_step = None if resumed_step is None else resumed_step + 1
-        if self.writes:
-            self._open(config_text, resumed_step)
+        from_main(lambda: self._open(config_text, resumed_step))
 
     def _open(self, config_text: str, resumed_step: int | None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

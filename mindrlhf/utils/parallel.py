@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindrlhf.errors import UserError
+from mindrlhf.errors import CommonError, UserError
 
 DEVICE_VARIABLE = "MINDRLHF_DEVICE"
 DEVICES = ("CPU", "Ascend")
@@ -192,7 +192,7 @@ def gather_objects(value: Any, ranks: Sequence[int] | None = None) -> list[Any]:
 
 
 def from_main(run: Callable[[], Any]) -> Any:
-    """What `run` returns in the main process, in all of them. A UserError there is raised in all."""
+    """What `run` returns in the main process, in all of them. A UserError there is a CommonError in all."""
     if world().size == 1:
         return run()
     answer = error = None
@@ -203,7 +203,7 @@ def from_main(run: Callable[[], Any]) -> Any:
             error = str(found)
     answer, error = gather_objects((answer, error))[0]
     if error is not None:
-        raise UserError(error)
+        raise CommonError(error)
     return answer
 
 
@@ -213,7 +213,7 @@ def agree(what: str, value: str) -> None:
     for rank, other in enumerate(values):
         if other != values[0]:
             ours, theirs = _first_difference(values[0], other)
-            raise UserError(
+            raise CommonError(
                 f"{what}: process {rank} has {theirs}, process 0 has {ours}; start all of them with the same"
             )
 

@@ -186,13 +186,6 @@ class Replicas:
 
     # -- the optimizer's tensors, for checkpoints ---------------------------------------------------------------------
 
-    def every_name(self) -> list[str]:
-        """Names of the parameters on any tensor rank, in one order."""
-        names: dict[str, None] = {}
-        for own in gather_objects(self.names, self.shard.tensor.ranks):
-            names |= dict.fromkeys(own)
-        return list(names)
-
     def whole(self, name: str, moments: dict[str, Parameter]) -> np.ndarray:
         """The moment of that parameter as one process would have it; every rank has to call it."""
         part = None

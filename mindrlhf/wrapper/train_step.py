@@ -166,7 +166,7 @@ class TrainStep:
         norm = float(np.sqrt(sum(squared.values())))
         if not (np.isfinite(norm) and np.isfinite(loss)):
             self.skipped += 1
-            for buffer in self.gradients:
+            for buffer in {id(one): one for one in (*self._buffers, *self.replicas.reduced)}.values():
                 buffer.set_data(Tensor(np.zeros(buffer.shape, np.float32)))
             bad = [name for name, value in squared.items() if not np.isfinite(value)]
             return StepResult(loss, metrics, norm, bad[0] if bad else "loss")
@@ -211,8 +211,9 @@ class TrainStep:
 
     @property
     def gradients(self) -> tuple[Parameter, ...]:
-        """The gradient buffers: zero between steps."""
-        return tuple({id(one): one for one in (*self._buffers, *self.replicas.reduced)}.values())
+        """The gradient buffers, zero between steps, and with ZeRO the rows that a step updates, which it takes anew."""
+        rows = [one for one in self.replicas.updated if one.name not in self.names]
+        return tuple({id(one): one for one in (*self._buffers, *self.replicas.reduced, *rows)}.values())
 
     @property
     def moments(self) -> tuple[Parameter, ...]:
@@ -227,7 +228,7 @@ class TrainStep:
         """Adam's moments, by parameter name, for a checkpoint: whole, and every rank has to go through all of them."""
         for kind, moments in (("first_moment", self._first), ("second_moment", self._second)):
             by_name = dict(zip(self.names, moments, strict=True))
-            for name in self.replicas.every_name():
+            for name in self.replicas.shard.every_name(self.names):
                 yield f"{kind}.{name}", self.replicas.whole(name, by_name)
 
     def load_state(self, read, updates: int, skipped: int = 0) -> None:

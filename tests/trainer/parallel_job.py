@@ -35,7 +35,7 @@ ONLINE_KINDS = {  # as stages.STAGES
 
 def write_data(directory: Path) -> None:
     stages.write_rows(directory / "rows.jsonl")
-    rows = [{"prompt": f"{a}+{a + 1}=", "label": str(2 * a + 1)} for a in range(6)]
+    rows = [{"prompt": f"{a}+{a + 1}=", "label": str(2 * a + 1), "response": str(2 * a + 1)} for a in range(6)]
     (directory / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -20,8 +20,10 @@ def run(directory, count, *cases, timeout=900):
 
 
 def metrics_of(run_directory):
+    """Of the steps, and of the last evaluation: a run that is made in parts is evaluated at the end of each."""
     lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+    steps = [line for line in lines if "loss" in line]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in (*steps, lines[-1])]
 
 
 def completions_of(run_directory):
