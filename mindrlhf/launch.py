@@ -92,7 +92,7 @@ class Launcher:
             if failed and failed[0].process.returncode > 0:  # one that was killed is the cause
                 self._watch(lambda: self.signals, SETTLE_SECONDS)
                 failed = self._failed()
-            if failed and len(self.ended) < len(self.workers):
+            if failed and failed[0].process.returncode < 0:  # nobody has said anything yet, and the others take a while
                 how = _how_it_ended(failed[0].process.returncode)
                 print(f"mindrlhf.launch: rank {failed[0].rank} {how}; ending the others", file=sys.stderr, flush=True)
         finally:

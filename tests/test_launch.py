@@ -131,6 +131,7 @@ def test_a_killed_worker(job, tmp_path):
     assert code == 128 + signal.SIGKILL
     log = tmp_path / "logs" / "rank_1.log"
     assert error.splitlines() == [
+        "mindrlhf.launch: rank 1 was killed by SIGKILL; ending the others",
         f"mindrlhf.launch: rank 1 was killed by SIGKILL; the end of {log}:", "  rank 1 began", "  last words",
     ]  # fmt: skip
     assert output == "rank 0 began\n"

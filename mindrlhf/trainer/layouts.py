@@ -5,7 +5,7 @@ from dataclasses import replace
 from mindrlhf.config import OfflineConfig, OnlineConfig, ParallelConfig, config_to_yaml
 from mindrlhf.errors import UserError
 from mindrlhf.layout import Layout
-from mindrlhf.utils.parallel import agree, is_main, start, world
+from mindrlhf.utils.parallel import agree, start, world
 
 
 def training_layout(config: OnlineConfig | OfflineConfig) -> Layout:
@@ -19,14 +19,18 @@ def training_layout(config: OnlineConfig | OfflineConfig) -> Layout:
         )
     if config.model.lora.dropout and layout.sequence > 1:
         raise UserError("model.lora.dropout: must be 0 where parallel.sequence splits the rows")
-    said = f"{world().size} processes: training {layout.describe()}"
-    if isinstance(config, OnlineConfig):
-        said += f"; generation {generation_layout(config.rollout.parallel, layout).describe()}"
+    described(config, layout)  # what it raises, too
     start()
     agree("the configuration", config_to_yaml(config))
-    if is_main() and world().size > 1:
-        print(said, flush=True)
     return layout
+
+
+def described(config: OnlineConfig | OfflineConfig, training: Layout) -> str:
+    """For people. Raises UserError as `generation_layout`."""
+    said = f"{world().size} processes: training {training.describe()}"
+    if isinstance(config, OnlineConfig):
+        said += f"; generation {generation_layout(config.rollout.parallel, training).describe()}"
+    return said
 
 
 def generation_layout(config: ParallelConfig, training: Layout) -> Layout:

@@ -13,6 +13,7 @@ from mindrlhf.models.decoder import Decoder
 from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import Source
 from mindrlhf.trainer.best import Best
+from mindrlhf.trainer.layouts import described
 from mindrlhf.trainer.roles import Policy, check_same_tokens, open_checkpoint
 from mindrlhf.utils.checkpoint import Checkpoints
 from mindrlhf.utils.logging import RunLog
@@ -186,6 +187,8 @@ class Trainer(ABC):
         if resumed and (self.step >= total or self._is_stopped) and from_main(finished.is_file):
             return from_main(lambda: read_json(finished))  # nothing to do, nothing to overwrite
         with RunLog(self.output, logging, config_to_yaml(self.config), self._recorded) as log:
+            if is_main() and world().size > 1:
+                print(described(self.config, self.policy.decoder.layout), flush=True)
             if not resumed:
                 self.prepare(log)
             elif is_main():
