@@ -6,7 +6,8 @@ import pytest
 from mindrlhf.errors import UserError
 from tests.trainer.stages import STAGES, losses, weights
 
-EVERY = list(STAGES)
+# CI goes through all of them; the suite through one of each kind.
+EVERY = [stage if stage in ("sft", "dpo") else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
 
 
 @pytest.mark.parametrize("stage", EVERY)
@@ -50,7 +51,7 @@ def test_resumed_is_uninterrupted(stage, make_stage):
 LORA = ("model.path=TEACHER", "model.lora.rank=2", "model.lora.target_modules=[q_proj, up_proj]")
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("rm", marks=pytest.mark.slow), "dpo"])
+@pytest.mark.parametrize("stage", ["sft", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("rm", "dpo"))])
 def test_only_adapters_are_trained_and_dropout_is_resumed(stage, make_stage):
     options = (*LORA, "model.lora.dropout=0.3", "training.schedule=constant")
 

@@ -50,7 +50,9 @@ def test_swap_is_refused_where_everything_is_needed_all_the_time(make_trainer):
         make_trainer(memory__swap="true", rollout__asynchronous="true")
 
 
-@pytest.mark.parametrize("stop", [2, 3], ids=["mid-epoch", "at-an-epochs-end"])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(2, id="mid-epoch"), pytest.param(3, id="at-an-epochs-end", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(make_trainer, stop):
     """Warm-up, a reference policy and two updates a step included; an epoch is three steps."""
     options = {"warmup__steps": 2, "warmup__batch_size": 4, "algorithm__updates_per_epoch": 2}

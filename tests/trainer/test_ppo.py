@@ -93,6 +93,7 @@ def test_policy_and_critic_learn(make_ppo, compilations, kind):
     assert np.mean(errors[-5:]) < 0.5 * errors[0]
 
 
+@pytest.mark.slow
 def test_the_critics_warm_up_leaves_the_policy_alone(make_ppo):
     trainer = make_ppo(critic__warmup_steps=1, algorithm__kl_coef=0)
     trainer.prepare(None)
@@ -168,6 +169,7 @@ def test_the_average_is_what_it_says(make_ppo):
     assert np.abs(saved - trainer.policy.decoder.weights(name)).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_pretraining_is_in_the_gradient(make_ppo):
     """With advantages of 0 only the supervised loss is left: its answers become likelier."""
     options = {key: value for key, value in EVERYTHING.items() if "pretraining" in key}

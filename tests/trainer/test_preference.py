@@ -113,6 +113,7 @@ def test_the_cache_is_filled_in_parts(make_stage, monkeypatch):
         assert values.shape == (20, 2) and parts.reference.cache[name] == pytest.approx(values, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_live_reference_of_an_adapter_is_resumed_to_the_bit(make_stage):
     lora = ("model.path=TEACHER", "model.lora.rank=2", "training.learning_rate=1e-2")
     adapter = make_stage("sft", *lora, "data.response_key=chosen", "trainer.steps=5", output="adapter").fit()
@@ -128,6 +129,7 @@ def test_a_live_reference_of_an_adapter_is_resumed_to_the_bit(make_stage):
         make_stage("dpo", options[0], "loss.reference=adapter_off")
 
 
+@pytest.mark.slow
 def test_the_stop_token_that_was_trained_ends_answers(make_stage, tmp_path):
     """Of a chat template that ends turns with another token than the tokenizer's end of text."""
     from tests.checkpoints import CHAT_TEMPLATE
