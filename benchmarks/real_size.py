@@ -54,7 +54,7 @@ def write_checkpoint(directory: Path) -> None:
     from mindrlhf.data.tokenizers import build_tokenizer, load_tokenizer
     from mindrlhf.models.config import DecoderConfig
     from mindrlhf.models.decoder import random_weights
-    from mindrlhf.models.hf import expected_shapes
+    from mindrlhf.models.shapes import expected_shapes
     from mindrlhf.utils.checkpoint import write_model
 
     text = directory / "text.jsonl"

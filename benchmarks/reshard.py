@@ -93,7 +93,7 @@ def start_workers(count: int) -> int:
 
 def measure(options: argparse.Namespace) -> None:
     from mindrlhf.models.config import DecoderConfig
-    from mindrlhf.models.hf import expected_shapes
+    from mindrlhf.models.shapes import expected_shapes
     from mindrlhf.utils import parallel
 
     parallel.start(threads=1)

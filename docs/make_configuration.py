@@ -93,6 +93,7 @@ VARIABLES = """
 | --- | --- |
 | `MINDRLHF_DEVICE` | `CPU` (default) or `Ascend`, see [devices.md](devices.md) |
 | `MINDRLHF_CPU_KERNELS` | `0`: MindSpore's own operators in place of our CPU kernels |
+| `MINDRLHF_COMPILE_CACHE` | directory for compiled graphs, default `~/.cache/mindrlhf/graphs`; `0`: none, see [performance.md](performance.md) |
 | `CXX` | the C++ compiler of the CPU kernels; default `g++`, then `c++` |
 | `XDG_CACHE_HOME` | the compiled kernels lie in `mindrlhf/` below it; default `~/.cache` |
 | `OMP_NUM_THREADS` | threads; default the usable cores |
@@ -185,6 +186,8 @@ def _table(cls: type, section: str) -> str:
             dotted = f"{section}.{field.name}" if section else field.name
             meaning = f"[`{dotted}`](#{dotted.replace('.', '')})"
         default = _default(field, inner)
+        if field.default is None and cls is not config.AlgorithmConfig:
+            default = "`null`"
         row = (f"`{field.name}`", _type(hints[field.name]), default, meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
     return "\n".join(lines) + "\n"

@@ -12,9 +12,10 @@ from mindrlhf.config import ParallelConfig
 from mindrlhf.errors import UserError
 
 # Projections whose outputs are split over the tensor ranks, and those whose inputs are.
-COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3")
-ROW = ("o_proj", "down_proj", "w2")
+COLUMN = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
+ROW = ("o_proj", "down_proj")
 VOCABULARY = ("embed_tokens", "lm_head")
+HEADS = ("q_norm", "k_norm")  # held whole, used for a rank's own heads
 
 Box = tuple[slice, ...]  # one slice for each axis of a tensor, with start and stop
 
@@ -98,23 +99,16 @@ class Layout:
             for tensor in ranges[2]
         )
 
-    def box(self, name: str, shape: tuple[int, ...], tensor: int, num_experts: int = 0) -> Box | None:
-        """What the tensor rank of that number holds of the tensor with that Hugging Face (or adapter) name and shape.
-
-        num_experts: of the model, where the name is of an expert's weight. None: it holds nothing of it.
-        """
-        number, parts = tensor, self.tensor
-        expert = expert_of(name)
-        if expert is not None:
+    def box(self, name: str, shape: tuple[int, ...], tensor: int) -> Box:
+        """What the tensor rank of that number holds of the decoder's, or an adapter's, tensor of that name."""
+        number, parts, axis = tensor, self.tensor, split_axis(name)
+        box = [slice(0, length) for length in shape]
+        if is_stacked(name):
             parts = self.tensor // self.expert
             owner, number = divmod(tensor, parts)
-            if expert // (num_experts // self.expert) != owner:
-                return None
-        axis = split_axis(name)
-        box = [slice(0, length) for length in shape]
+            box[0] = _part(shape[0], owner, self.expert)
         if axis is not None:
-            length = shape[axis] // parts
-            box[axis] = slice(number * length, (number + 1) * length)
+            box[axis] = _part(shape[axis], number, parts)
         return tuple(box)
 
     def check(self, decoder: Any, where: str) -> None:
@@ -124,19 +118,19 @@ class Layout:
             ("num_key_value_heads", decoder.num_kv_heads, self.tensor),
             ("vocab_size", decoder.vocab_size, self.tensor),
         ]
-        experts = getattr(decoder, "num_experts", 0)
-        if experts:
+        if decoder.num_experts:
             counts += [
-                ("num_local_experts", experts, self.expert),
-                ("intermediate_size", decoder.intermediate_size, self.tensor // self.expert),
+                ("num_experts", decoder.num_experts, self.expert),
+                ("moe_intermediate_size", decoder.expert_width, self.tensor // self.expert),
+                ("shared experts' width", decoder.shared_width, self.tensor),
             ]
-        else:
+        elif self.expert > 1:
+            raise UserError(f"{where}.expert: {self.expert}, but the model has no experts; set it to 1")
+        if not decoder.num_experts or decoder.dense_layers:
             counts.append(("intermediate_size", decoder.intermediate_size, self.tensor))
-            if self.expert > 1:
-                raise UserError(f"{where}.expert: {self.expert}, but the model has no experts; set it to 1")
         for name, count, parts in counts:
             if count % parts:
-                key = "expert" if name == "num_local_experts" else "tensor"
+                key = "expert" if name == "num_experts" else "tensor"
                 raise UserError(f"{where}.{key}: the model's {name}, {count}, does not divide by {parts}")
 
     def describe(self) -> str:
@@ -150,20 +144,31 @@ ONE_PROCESS = Layout()
 
 
 def split_axis(name: str) -> int | None:
-    """The axis of the named tensor (in Hugging Face's orientation) that tensor ranks split; None: each holds all."""
+    """The axis of the named tensor (matrices are [out, in]) that tensor ranks split; None: each holds all."""
     module, kind = _module_and_kind(name)
     if kind.startswith("lora_"):  # adapters: x A^T B^T
         column, row = module in COLUMN, module in ROW
         return 0 if column and kind == "lora_B" else 1 if row and kind == "lora_A" else None
+    first = int(is_stacked(name))  # behind the axis of the experts
     if module in VOCABULARY or module in COLUMN:
-        return 0
-    return 1 if module in ROW and kind == "weight" else None
+        return first
+    return first + 1 if module in ROW and kind == "weight" else None
 
 
-def expert_of(name: str) -> int | None:
-    """The number of the expert that the named tensor belongs to, such as 3 for ...experts.3.w1.weight."""
-    _, found, rest = name.partition(".experts.")
-    return int(rest.split(".")[0]) if found else None
+def sees_a_part(name: str) -> bool:
+    """Whether each tensor rank holds the named tensor whole but has only a share of its gradient."""
+    module, kind = _module_and_kind(name)
+    return module in HEADS or (kind.startswith("lora_") and split_axis(name) is None)
+
+
+def is_stacked(name: str) -> bool:
+    """Whether the named tensor holds a matrix of every expert of its layer, [experts, out, in]."""
+    return ".experts." in name
+
+
+def _part(length: int, number: int, parts: int) -> slice:
+    width = length // parts
+    return slice(number * width, (number + 1) * width)
 
 
 def _module_and_kind(name: str) -> tuple[str, str]:

@@ -1,11 +1,52 @@
-"""Shared by all tests: MindSpore in graph mode with the machine's threads, and micro models."""
+"""Shared by all tests: MindSpore in graph mode with its share of the threads, and micro models."""
+
+import gc
+import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mindrlhf.utils.parallel import prepare_environment
+from mindrlhf.utils.parallel import prepare_environment, usable_cores
 
+# Under `pytest -n` the workers share the cores: threads that wait for one another cost more than they save.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, usable_cores() // int(os.getenv("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
 prepare_environment()
+os.environ.setdefault("MINDRLHF_COMPILE_CACHE", "0")  # commands that tests run leave nothing in the user's directory
+
+MEASURED = pytest.StashKey[dict[str, dict[str, float]]]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--families-report", metavar="FILE", help="write what the tests of the families measured, as JSON")
+
+
+def pytest_configure(config):
+    config.stash[MEASURED] = {}
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--families-report")
+    if path:
+        Path(path).write_text(json.dumps(session.config.stash[MEASURED], indent=1), encoding="utf-8")
+
+
+@pytest.fixture()
+def measured(request):
+    """A function: fixture, quantity, error, its limit -> fails over it, else the report gets the largest error.
+
+    Without an error: that it was done.
+    """
+
+    def record(name, quantity, value=0.0, limit=0.0):
+        assert value <= limit, f"{quantity} of {name}: {value:.3g} is over {limit:g}"
+        values = request.config.stash[MEASURED].setdefault(name, {})
+        values[quantity] = max(value, values.get(quantity, 0.0))
+
+    return record
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +57,9 @@ def mindspore():
     start()
     import mindspore
 
+    # MindSpore collects garbage before every compilation; what has been imported by now is never any.
+    gc.collect()
+    gc.freeze()
     return mindspore
 
 

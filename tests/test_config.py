@@ -109,8 +109,8 @@ MISTAKES = {
         "job.yaml:3: unknown key 'algorithm.learning_rat'; did you mean 'learning_rate'?",
     ),
     "unknown key, nothing near": (
-        "model:\n  zzz: 1\n",
-        "job.yaml:2: unknown key 'model.zzz'; known keys: path, build, tokenizer, reference, train_layers, lora",
+        "model:\n  lora:\n    zzz: 1\n",
+        "job.yaml:3: unknown key 'model.lora.zzz'; known keys: rank, alpha, dropout, target_modules, layers",
     ),
     "unknown key in a list": (
         "rewards:\n  - function: accuracy\n  - functoin: format\n",

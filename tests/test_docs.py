@@ -25,6 +25,7 @@ MODULES = {name: module for name, _, module in COMMANDS}
 
 sys.path.insert(0, str(ROOT / "docs"))
 import make_configuration  # noqa: E402
+import make_families  # noqa: E402
 
 
 def name_of(path):
@@ -194,3 +195,25 @@ def test_every_algorithm_is_described():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_no_figure_is_missing(path):
     assert not re.findall(r"<!--FIGURE: [^>]*-->", path.read_text(encoding="utf-8"))
+
+
+def test_the_table_of_families():
+    """Every family and fixture has its row, and what was measured is within the limits of the tests."""
+    from mindrlhf.models.families import FAMILIES
+
+    text = make_families.TARGET.read_text(encoding="utf-8")
+    made = text.partition(make_families.START)[2].partition(make_families.END)[0].strip().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in made[2:]]
+    assert [row[0] for row in rows] == [name for name, _, _ in make_families.ROWS], "run: python docs/make_families.py"
+    assert {row[1] for row in rows} == {f"`{name}`" for name in FAMILIES}
+    errors, done = len(make_families.ERRORS), len(make_families.DONE)
+    for row in rows:
+        assert all(float(cell) <= 1e-5 for cell in row[2 : 2 + errors]), row
+        assert row[2 + errors : 2 + errors + done] == ["yes"] * done, row
+    fixtures = {path.parent.name for path in (ROOT / "tests" / "fixtures").glob("*/generation_config.json")}
+    assert fixtures | {"baichuan2"} == {fixture for _, fixtures, _ in make_families.ROWS for fixture in fixtures}
+
+
+def test_errors_are_rounded_up():
+    found = [make_families.rounded_up(error) for error in (0.0, 1e-6, 1.01e-6, 4.9e-7, 5.1e-7)]
+    assert found == ["0", "1e-6", "2e-6", "5e-7", "1e-6"]

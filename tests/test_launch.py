@@ -16,13 +16,18 @@ from tests.processes import ROOT, free_port
 LAUNCH = "import sys; from mindrlhf import launch; launch.GRACE_SECONDS = 2; sys.exit(launch.main())"
 # Every worker leaves its pid, and waits to be ended unless its rank has something else to do.
 PREAMBLE = """
-import os, signal, sys, time
+import contextlib, os, signal, sys, time
 from pathlib import Path
 rank, here = int(os.environ["RANK_ID"]), Path(__file__).parent
 (here / f"pid_{rank}").write_text(str(os.getpid()))
 print("rank", rank, "began", flush=True)
 def wait_for(*ranks):
     while not all((here / f"pid_{other}").exists() for other in ranks): time.sleep(0.01)
+def wait_for_the_end_of(other):
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(int((here / f"pid_{other}").read_text()), 0)
+            time.sleep(0.01)
 """
 WAIT = "\ntime.sleep(100)\n"
 
@@ -75,7 +80,7 @@ def is_running(pid):
     return state != "Z"  # one that has ended and that its new parent has not asked for yet
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
@@ -143,7 +148,7 @@ def test_the_first_cause_is_named(job):
     program = (
         "wait_for(0, 1)\n"
         "if rank == 0: raise RuntimeError('AllGather failed.')\n"
-        "time.sleep(0.5)\nraise ValueError('broken')\n"
+        "wait_for_the_end_of(0)\nraise ValueError('broken')\n"
     )
     code, output, error = finish(job(program))
     assert code == 1
@@ -153,7 +158,9 @@ def test_the_first_cause_is_named(job):
 
 
 def test_the_first_of_equals_is_named(job):
-    program = "wait_for(0, 1, 2)\nif rank == 0: time.sleep(100)\ntime.sleep(0.4 * rank)\nsys.exit(4 + rank)"
+    program = (
+        "wait_for(0, 1, 2)\nif rank == 0: time.sleep(100)\nif rank == 2: wait_for_the_end_of(1)\nsys.exit(4 + rank)"
+    )
     code, _, error = finish(job(program, 3))
     assert code == 5 and error.startswith("mindrlhf.launch: rank 1 failed with exit code 5")
 

@@ -7,14 +7,14 @@ from mindrlhf.config import ParallelConfig
 from mindrlhf.errors import UserError
 from mindrlhf.layout import Layout, Place
 from mindrlhf.models.config import DecoderConfig
-from mindrlhf.models.hf import expected_shapes
+from mindrlhf.models.shapes import expected_shapes
 
 SIZES = dict(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=4,
     max_positions=32,
 )  # fmt: skip
 DENSE = DecoderConfig(**SIZES, qkv_bias=True, model_type="qwen2")
-EXPERTS = DecoderConfig(**SIZES, num_experts=4, experts_per_token=2, model_type="mixtral")
+EXPERTS = DecoderConfig(**SIZES, num_experts=4, experts_per_token=2, expert_width=24, model_type="mixtral")
 
 
 def test_tensor_ranks_are_neighbours_then_sequence_ranks():
@@ -36,10 +36,8 @@ def test_tensor_ranks_hold_every_element_once_or_all_of_them(layout, model):
     for name, shape in expected_shapes(model).items():
         count = np.zeros(shape, int)
         for tensor in range(layout.tensor):
-            box = layout.box(name, shape, tensor, model.num_experts)
-            if box is not None:
-                count[box] += 1
-        whole = name.endswith(("norm.weight", "layernorm.weight", "moe.gate.weight"))
+            count[layout.box(name, shape, tensor)] += 1
+        whole = name.endswith(("norm.weight", "layernorm.weight", "mlp.gate.weight"))
         assert (count == (layout.tensor if whole else 1)).all(), name
 
 
@@ -51,6 +49,16 @@ def test_tensor_ranks_hold_every_element_once_or_all_of_them(layout, model):
         ("model.layers.0.self_attn.o_proj.bias", None),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", None),
         ("model.layers.0.self_attn.q_proj.lora_B.weight", 0),
+        ("model.layers.0.self_attn.q_a_proj.weight", None),
+        ("model.layers.0.self_attn.q_b_proj.weight", 0),
+        ("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", None),
+        ("model.layers.0.self_attn.kv_b_proj.weight", 0),
+        ("model.layers.0.self_attn.q_norm.weight", None),
+        ("model.layers.0.mlp.up_proj.bias", 0),
+        ("model.layers.0.mlp.down_proj.bias", None),
+        ("model.layers.0.mlp.experts.gate_proj.weight", 1),
+        ("model.layers.0.mlp.experts.down_proj.weight", 2),
+        ("model.layers.0.mlp.shared_experts.down_proj.weight", 1),
         ("model.layers.0.mlp.down_proj.lora_A.weight", 1),
         ("model.layers.0.mlp.down_proj.lora_B.weight", None),
         ("model.embed_tokens.weight", 0),
@@ -58,7 +66,7 @@ def test_tensor_ranks_hold_every_element_once_or_all_of_them(layout, model):
     ],
 )
 def test_which_axis_is_split(name, axis):
-    shape = (8,) if name.endswith("bias") else (8, 8)
+    shape = (8,) if name.endswith("bias") else (8, 8, 8) if ".experts." in name else (8, 8)
     box = Layout(tensor=2).box(name, shape, 1)
     halved = [number for number, part in enumerate(box) if part == slice(4, 8)]
     assert halved == ([] if axis is None else [axis])

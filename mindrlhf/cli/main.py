@@ -34,6 +34,8 @@ COMMANDS = (
     ("serve-rm", "serve a reward model by HTTP, for the rewards of runs", "mindrlhf.cli.serve_rm"),
     ("chat", "talk with a model", "mindrlhf.cli.chat"),
     ("merge-lora", "write a model with an adapter merged into it", "mindrlhf.cli.merge_lora"),
+    ("convert", "convert a checkpoint: Hugging Face, MindSpore, MindFormers", "mindrlhf.cli.convert"),
+    ("tokenize", "show which tokens of a data set are trained", "mindrlhf.cli.tokenize"),
     ("compare-loss", "compare the losses of two runs", "mindrlhf.cli.compare_loss"),
     ("plan", "what a job needs of each device, and its best layouts", "mindrlhf.cli.plan"),
     ("bench", "measure what the KV cache is worth on this machine", "mindrlhf.cli.bench"),
@@ -90,6 +92,9 @@ def _run(arguments: list[str]) -> int:
     )
     parser.set_defaults(command=name)
     module.add_arguments(parser)
+    from mindrlhf.utils import compile_cache
+
+    compile_cache.start("\0".join(arguments))
     # Intermixed: `a.b=c` overrides may stand before and after the options.
     return module.run(parser.parse_intermixed_args(arguments[1:]))
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from mindrlhf.data.tokenizers import load_tokenizer
-    from mindrlhf.models.hf import expected_shapes
+    from mindrlhf.models.conversion import to_stored
     from mindrlhf.models.model_directory import ModelDirectory
     from mindrlhf.models.peft import CONFIG_FILE, is_adapter
     from mindrlhf.utils.checkpoint import PARTIAL, write_model
@@ -30,9 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--adapter {arguments.adapter}: has no {CONFIG_FILE}; give a PEFT adapter's directory")
     model = ModelDirectory.read(arguments.adapter, arguments.base)
     tokenizer = load_tokenizer(model.tokenizer)
-    weights = model.merged()
-    shapes = expected_shapes(model.config).items()
-    sources = ((name, shape, lambda name=name: weights(name)) for name, shape in shapes)
+    sources = to_stored(model.config, model.merged())
     # Beside its place and renamed: there is a whole checkpoint or none.
     partial = output.resolve().with_name(PARTIAL + output.name)
     shutil.rmtree(partial, ignore_errors=True)

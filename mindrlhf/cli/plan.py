@@ -37,9 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, required=True, help="how many")
     parser.add_argument("--device-memory", required=True, help="of each, such as 64GB (10^9) or 64GiB (2^30)")
     parser.add_argument(
-        "--model", help="a checkpoint directory or a config.json, instead of the models that the job names"
+        "--model", help="a checkpoint directory, a config.json or a MindFormers YAML, instead of the job's own models"
     )
-    parser.add_argument("--chosen-experts", action="store_true", help="compute only the experts that a token chose")
     parser.add_argument("--keep-layouts", action="store_true", help="no search: the layouts and rows of the config")
     parser.add_argument("--device", choices=["Ascend", "CPU"], default="Ascend", help="CPU: processes of this suite")
     parser.add_argument("--precision", choices=["bfloat16", "float32"], help="default: bfloat16, on a CPU float32")
@@ -61,8 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
     devices = read_devices(arguments)
     config = read_config(arguments.config, arguments.overrides)
     job = read_job(config, arguments.model or _model(arguments.config))
-    if arguments.chosen_experts:
-        job = with_chosen_experts(job)
     if arguments.keep_layouts:
         plan = make_plan(job, devices, configured(config, job, devices.count))
     else:
@@ -147,6 +144,8 @@ def read_job(config: Any, model: str | None, architecture: "Architecture | None"
         policy = architecture
     elif model or config.model.path:
         policy = read_architecture(model or config.model.path)
+    elif config.model.mindformers:
+        policy = opened(config.model.mindformers)
     elif build.decoder:
         policy = architecture_of({**build.decoder, "vocab_size": build.vocab_size}, "model.build.decoder")
     else:
@@ -180,31 +179,16 @@ def read_job(config: Any, model: str | None, architecture: "Architecture | None"
 
 def _trained(model: Any, policy: Any) -> tuple[Any, tuple]:
     """What is trained of the policy, None where all is; and the adapters."""
-    from mindrlhf.models.lora import ALL_LINEAR, MODULES
+    from mindrlhf.models.lora import Lora
     from mindrlhf.planner.architecture import Weight
 
-    if not model.lora.rank:
-        if not model.train_layers:
-            return None, ()
-        layers = [weight for weight in policy.weights if ".layers." in weight.name]
-        return tuple(weight._replace(copies=len(model.train_layers)) for weight in layers), ()
-    wanted = MODULES if model.lora.target_modules == [ALL_LINEAR] else model.lora.target_modules
-    adapters, rank = [], model.lora.rank
-    for weight in policy.weights:
-        stem = weight.name.removesuffix(".weight")
-        if stem.rpartition(".")[2] in wanted and stem != weight.name:
-            copies = len(model.lora.layers) or weight.copies
-            adapters.append(Weight(f"{stem}.lora_A.weight", (rank, weight.shape[1]), copies))
-            adapters.append(Weight(f"{stem}.lora_B.weight", (weight.shape[0], rank), copies))
-    return tuple(adapters), tuple(adapters)
-
-
-def with_chosen_experts(job: "Job") -> "Job":
-    """All its models compute the experts that a token chose, instead of all experts as the decoder does."""
-    changed = {name: replace(model, skips_experts=True) for name in ("policy", "reference", "critic")
-               if (model := getattr(job, name))}  # fmt: skip
-    rewards = tuple(replace(model, skips_experts=True) for model in job.reward_models)
-    return replace(job, **changed, reward_models=rewards)
+    lora = Lora.of(model.lora, policy)
+    if lora:
+        adapters = tuple(Weight(name, shape) for name, shape in lora.shapes(policy).items())
+        return adapters, adapters
+    if not model.train_layers:
+        return None, ()
+    return policy.weights_of(model.train_layers), ()
 
 
 def configured(config: Any, job: "Job", devices: int) -> Any:
@@ -219,7 +203,7 @@ def configured(config: Any, job: "Job", devices: int) -> Any:
     training = Layout.of(own, devices, "parallel")
     generation = Layout.of(other, devices, "rollout.parallel")
     for layout, where in ((training, "parallel"), (generation, "rollout.parallel")):
-        job.policy.check(layout, where)
+        layout.check(job.policy, where)
     return Arrangement(training, generation, config.trainer.rows)
 
 

@@ -68,6 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = configurations.load_config(getattr(configurations, job.config), arguments.config, arguments.overrides)
     module, _, name = job.trainer.partition(":")
     trainer = getattr(importlib.import_module(module), name)(config)
+    if config.model.mindformers and is_main():
+        from mindrlhf.models.mindformers_config import read_mindformers
+
+        for note in read_mindformers(config.model.mindformers).notes:
+            print(f"{config.model.mindformers}: {note}", flush=True)
     try:
         summary = trainer.fit()
         if is_main():

@@ -31,13 +31,29 @@ class LoraConfig:
 
 
 @dataclass
+class BalanceConfig:
+    """How training keeps the load of experts even: by a loss (arXiv 2101.03961), and by the biases of DeepSeek-V3's
+    routers (arXiv 2408.15664)."""
+
+    auxiliary_coef: float | None = None  # weight of the loss; null: router_aux_loss_coef of the model's config.json
+    bias_rate: float = 0.0  # by which an optimizer step moves the bias of each expert; 0.001 is usual; 0: off
+
+
+@dataclass
 class ModelConfig:
     path: PathText = ""  # a Hugging Face checkpoint directory, or one with a PEFT adapter; empty: build
     build: BuildConfig = field(default_factory=BuildConfig)
     tokenizer: PathText = ""  # a tokenizer directory; empty: the checkpoint's own
+    add_tokens: list[str] = field(default_factory=list)  # special tokens for the tokenizer, with rows in the embedding
+    backbone: Literal["decoder", "mindformers"] = "decoder"  # whose cells are trained: this suite's or MindFormers'
+    mindformers: PathText = ""  # a MindFormers YAML, which describes the model instead of build.decoder
     reference: PathText = ""  # checkpoint of the reference policy; empty: the policy as training starts
     train_layers: list[int] = field(default_factory=list)  # train only these layers and the score head; empty: all
     lora: LoraConfig = field(default_factory=LoraConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of matrix products; all else is float32
+    recompute: bool = False  # layers once more in the backward pass, instead of keeping what is inside of them
+    logits_at_once: int = 33554432  # of the head and the loss, tokens x vocabulary; 0: all of a micro-batch
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 
 from mindrlhf.data.tokenizers import END_OF_TEXT, SPECIAL_TOKENS
+from mindrlhf.data.vocabulary_files import read_json, special
 from mindrlhf.errors import UserError
 
 
@@ -34,5 +35,9 @@ class Qwen2Tokenizer(transformers.Qwen2TokenizerFast):
                 "Qwen2Tokenizer: add_bos_token and add_eos_token must be False; Qwen2 has no token that begins a text, "
                 f"and a prompt that ends in {END_OF_TEXT} is not gone on with"
             )
+        # By their ids: where one of them is the padding or the unknown token, transformers would add that one first.
+        first = len(read_json(Path(vocab_file)))
+        control = {first + number: special(token) for number, token in enumerate(SPECIAL_TOKENS)}
+        options["added_tokens_decoder"] = control | options.get("added_tokens_decoder", {})
         options.setdefault("additional_special_tokens", SPECIAL_TOKENS[1:])
         super().__init__(str(vocab_file), str(merges_file), **options)

@@ -2,24 +2,23 @@
 
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mindrlhf.config import BuildConfig
 from mindrlhf.data.readers import read_rows
+from mindrlhf.data.vocabulary_files import ONE_DIGIT, open_vocabulary, vocabulary_file
 from mindrlhf.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = [END_OF_TEXT, "<|im_start|>", "<|im_end|>"]
 SMALLEST_VOCABULARY = 260  # 256 bytes, the special tokens, one merge
 
-# Qwen2's: contractions, words, single digits, punctuation, line ends, spaces.
-_WORD_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_FAST_FILES = ("tokenizer.json", "vocab.json")  # what transformers' fast tokenizers are made from
 _ROW_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -45,7 +44,7 @@ def build_tokenizer(files: list[str | Path], vocab_size: int, directory: str | P
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(ONE_DIGIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -62,21 +61,49 @@ def build_tokenizer(files: list[str | Path], vocab_size: int, directory: str | P
     _write(tokenizer, Path(directory), chat_template)
 
 
-def load_tokenizer(directory: str | Path) -> Any:
-    """The Hugging Face tokenizer of a local directory; code that comes with a checkpoint is never run.
+def train_tokenizer(build: BuildConfig) -> Any:
+    """The tokenizer of a model that is built from nothing. Raises UserError."""
+    if not build.tokenizer_files:
+        raise UserError("model.build.tokenizer_files: name at least one file of text for the tokenizer to learn from")
+    with tempfile.TemporaryDirectory() as directory:
+        build_tokenizer(build.tokenizer_files, build.vocab_size, directory, build.chat_template)
+        return load_tokenizer(directory)
 
-    Raises UserError for a directory without tokenizer files and for files that transformers cannot read.
+
+def add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Those that it does not know get ids behind all others. Raises UserError for an empty one."""
+    if not all(token.strip() for token in tokens):
+        raise UserError("model.add_tokens: one of the tokens is empty; remove it")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_additional_special_tokens=False)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a vocabulary of any kind."""
+    in_json = any((directory / name).is_file() for name in _FAST_FILES)
+    return in_json or vocabulary_file(directory) is not None
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer of a local directory, as a Hugging Face one; code that comes with a checkpoint is never run.
+
+    Read are tokenizer.json, vocab.json with merges.txt, SentencePiece's tokenizer.model, and tiktoken's ranks
+    (tokenizer.model or *.tiktoken). Raises UserError for a directory without them and for files that are broken.
     """
     directory = Path(directory)
-    vocabularies = ("tokenizer.json", "vocab.json", "tokenizer.model")
-    if not any((directory / name).is_file() for name in vocabularies):
-        expected = "tokenizer.json (or vocab.json and merges.txt, or tokenizer.model) and tokenizer_config.json"
+    if not has_tokenizer(directory):
+        expected = "tokenizer.json, vocab.json and merges.txt, tokenizer.model, or a .tiktoken file"
         raise UserError(f"{directory}: no tokenizer here; expected {expected}; set model.tokenizer to their directory")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else: "PyTorch was not found" at import
+    tokenizer = open_vocabulary(directory)
+    if tokenizer is not None:
+        return tokenizer
     from transformers import AutoTokenizer
 
+    # Of a SentencePiece model the slow class, which leaves encoding to SentencePiece: the fast one is not quite equal.
+    use_fast = any((directory / name).is_file() for name in _FAST_FILES)
+    options = {"use_fast": use_fast, "local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(directory), **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: transformers cannot read the tokenizer: {error}") from None
 
@@ -87,6 +114,12 @@ def encode(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
         return []
     rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [np.array(row, dtype=np.int32) for row in rows]
+
+
+def decode(tokenizer: Any, ids: list[int], skip_special_tokens: bool) -> str:
+    """The text of the tokens and nothing else: no space is put in or taken out, which would change what is before."""
+    options = {"clean_up_tokenization_spaces": False, "spaces_between_special_tokens": False}
+    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **options)
 
 
 def stop_ids(tokenizer: Any, generation_config_eos: list[int] | None, stop: list[str]) -> tuple[int, ...]:
@@ -138,8 +171,7 @@ class TextStream:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        # Cleaning up would change text that is out already.
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self.tokenizer, ids, skip_special_tokens=True)
 
 
 def _texts(file: Path) -> Iterator[str]:

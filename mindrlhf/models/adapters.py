@@ -5,7 +5,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.models import kernels
-from mindrlhf.models.lora import MODULES, A, B, Lora, Weights
+from mindrlhf.models.lora import MODULES, A, B, Lora
+from mindrlhf.models.shapes import Weights
 from mindrlhf.models.shard import Shard
 
 # The multipliers of MurmurHash3's finaliser (Appleby, public domain), as the int32 of the same bits.
@@ -20,9 +21,9 @@ class Adapters:
     scale and seed are Parameters that nothing trains: compiled cells see another value without recompiling.
     """
 
-    def __init__(self, lora: Lora, shapes: dict[str, tuple[int, ...]], weights: Weights, shard: Shard):
-        """shapes: of the whole adapters; weights: this rank's slices of them."""
-        self.lora, self.shapes, self.weights, self.shard = lora, shapes, weights, shard
+    def __init__(self, lora: Lora, shapes: dict[str, tuple[int, ...]], weights: Weights, shard: Shard, dtype: ms.Type):
+        """shapes: of the whole adapters; weights: this rank's slices of them; dtype: see kernels."""
+        self.lora, self.shapes, self.weights, self.shard, self.dtype = lora, shapes, weights, shard, dtype
         self.scale = Parameter(Tensor(lora.scale, ms.float32), name="lora.scale", requires_grad=False)
         self.seed = Parameter(Tensor(0, ms.int32), name="lora.dropout_seed", requires_grad=False)
 
@@ -40,7 +41,7 @@ class Adapter(nn.Cell):
             Parameter(Tensor(np.array(adapters.weights(name), np.float32, order="C")), name=name)
             for name in (f"{module}.{A}", f"{module}.{B}")
         )
-        self.scale = adapters.scale
+        self.scale, self.dtype = adapters.scale, adapters.dtype
         self.dropout = None
         if adapters.lora.dropout > 0:
             *_, layer, _, kind = module.split(".")
@@ -52,7 +53,8 @@ class Adapter(nn.Cell):
     def construct(self, x):
         if self.dropout is not None:
             x = self.dropout(x)
-        return kernels.linear(kernels.linear(x, self.a, None, False) * self.scale, self.b, None, False)
+        inner = kernels.linear(x, self.a, None, False, self.dtype) * self.scale
+        return kernels.linear(inner, self.b, None, False, self.dtype)
 
 
 class Dropout(nn.Cell):

@@ -18,7 +18,11 @@ from mindspore import ops
 
 from mindrlhf.utils.parallel import device_target
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.h", "cpu_kernels.cpp", "cpu_attention.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("cpu_kernels.h", "cpu_kernels.cpp", "cpu_attention.cpp", "cpu_experts.cpp")
+)
+LANES = 16  # kLanes of cpu_kernels.h
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
 
 
@@ -93,6 +97,10 @@ def _primitives(library: Path) -> SimpleNamespace:
     def attention_shapes(query, key, value, positions, *_):
         return query, (positions[0], query[1], positions[1])
 
+    def expert_shapes(x, best, shares, gate, *_):
+        pairs, width, inner = x[0] * best[1], x[1], gate[1] * gate[2] // x[1]
+        return x, (pairs, inner), (pairs, inner), (pairs, width + inner + 2 * LANES)
+
     def three_shapes(x, *parameters):
         return tuple((x[0], shape[1]) for shape in parameters if len(shape) == 2)
 
@@ -109,6 +117,7 @@ def _primitives(library: Path) -> SimpleNamespace:
         add_bias=primitive("add_bias", _first, _first, bprops.add_bias),
         attention=primitive("attention", attention_shapes, lambda query, *_: (query, query), bprops.attention),
         decode_attention=primitive("decode_attention", _first, _first),
+        expert_mlp=primitive("expert_mlp", expert_shapes, lambda x, *_: (x, x, x, x), bprops.expert_mlp),
         squared_sum=primitive("squared_sum", lambda x: (1,), _first),
         adamw=primitive("adamw", lambda *_: (1,), _first),
         target_logprobs=primitive(
@@ -124,10 +133,16 @@ def _primitives(library: Path) -> SimpleNamespace:
 
 def _bprops(primitive) -> SimpleNamespace:
     """How each kernel that is trained through passes gradients on: kernels again; 0 for what is no parameter."""
+
+    def expert_shapes(x, best, shares, gate, up, down, *_):
+        memory = (x[0] * best[1], 2 * x[1] + 3 * gate[1] * gate[2] // x[1] + 5 * LANES)
+        return x, shares, gate, up, down, memory
+
     rms_norm_gradient = primitive("rms_norm_gradient", _two, _two)
     swiglu_gradient = primitive("swiglu_gradient", _two, _two)
     rotate_gradient = primitive("rotate_gradient", _first, _first)
     attention_gradient = primitive("attention_gradient", _three, _three)
+    expert_mlp_gradient = primitive("expert_mlp_gradient", expert_shapes, lambda x, *_: (x,) * 6)
     column_sums = primitive("column_sums", lambda g: g[1:], _first)
     target_logprobs_gradient = primitive("target_logprobs_gradient", _first, _first)
 
@@ -149,6 +164,11 @@ def _bprops(primitive) -> SimpleNamespace:
         gradients = attention_gradient(query, key, value, positions, segments, scale, attended, log_totals, dout[0])
         return gradients + (ops.zeros_like(positions), ops.zeros_like(segments), ops.zeros_like(scale))
 
+    def expert_mlp(x, best, shares, gate, up, down, settings, out, dout):
+        _, gates, ups, _ = out
+        gradients = expert_mlp_gradient(x, best, shares, gate, up, down, settings, gates, ups, dout[0])
+        return gradients[:1] + (ops.zeros_like(best),) + gradients[1:5] + (ops.zeros_like(settings),)
+
     def target_logprobs(logits, labels, temperature, out, dout):
         _, entropy, log_total = out
         gradient = target_logprobs_gradient(logits, labels, temperature, entropy, log_total, dout[0], dout[1])
@@ -160,6 +180,7 @@ def _bprops(primitive) -> SimpleNamespace:
         rotate=rotate,
         add_bias=add_bias,
         attention=attention,
+        expert_mlp=expert_mlp,
         target_logprobs=target_logprobs,
         target_logprobs_gradient=target_logprobs_gradient,
     )

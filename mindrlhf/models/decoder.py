@@ -1,6 +1,6 @@
 """The one decoder: training, scoring, prefill and decoding from the same parameters.
 
-Parameter names and shapes are Hugging Face's, so a checkpoint is a list of names. A family is flags of DecoderConfig.
+Parameter names are those of shapes.expected_shapes for every family; a family is flags of DecoderConfig.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,18 +10,19 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindrlhf.layout import ONE_PROCESS, Box, Layout, expert_of
+from mindrlhf.layout import ONE_PROCESS, Box, Layout
 from mindrlhf.models import kernels
 from mindrlhf.models.adapters import Adapters
 from mindrlhf.models.collectives import SumOfParts
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.experts import Experts
-from mindrlhf.models.hf import EMBEDDING, HEAD, SCORE, expected_shapes
-from mindrlhf.models.layers import FeedForward, Layer, Make, Norm, parameter_of
-from mindrlhf.models.lora import Lora, Weights, check_layers, merged
+from mindrlhf.models.latent import LatentAttention
+from mindrlhf.models.layers import Attention, FeedForward, Layer, Make, Norm, parameter_of
+from mindrlhf.models.lora import Lora, check_layers, merged
 from mindrlhf.models.rope import rope_tables
+from mindrlhf.models.shapes import EMBEDDING, HEAD, POSITIONS, SCORE, Weights, expected_shapes
 from mindrlhf.models.shard import Shard
-from mindrlhf.models.vocabulary import SplitVocabulary
+from mindrlhf.models.vocabulary import ChunkedLogprobs, SplitVocabulary
 
 
 def random_weights(config: DecoderConfig, seed: int) -> Weights:
@@ -48,7 +49,7 @@ def random_weights(config: DecoderConfig, seed: int) -> Weights:
 class Decoder(nn.Cell):
     """Tokens to hidden states, and those to logits or, where config.head says so, to scores.
 
-    transposed: projection weights are stored [in, out] instead of Hugging Face's [out, in]. On a CPU few rows
+    transposed: projection weights are held [in, out] instead of [out, in]. On a CPU few rows
     (decoding) are twice as fast that way and many rows (training) are slower, so a generator has its own decoder and
     gets the policy's weights by `sync_weights`.
     lora, adapter: low-rank adapters and their values. Then these and a score head are trained, nothing else.
@@ -66,47 +67,72 @@ class Decoder(nn.Cell):
     ):
         super().__init__(auto_prefix=False)
         assert (lora is None) == (adapter is None), "lora and adapter belong together"
-        self.config, self.layout, self.shard = config, layout, Shard(layout, config.num_experts)
+        self.config, self.layout, self.shard = config, layout, Shard(layout)
         weights = self.shard.cut(weights)
         self.transposed = transposed
         self.lora = lora
-        self.adapters = Adapters(lora, lora.shapes(config), self.shard.cut(adapter), self.shard) if lora else None
-        make = Make(weights, self.shard, transposed, self.adapters or _no_adapter)
-        embedding = weights(EMBEDDING)
-        self.embedding = parameter_of(embedding, EMBEDDING)
-        self.layers = nn.CellList(
-            [Layer(config, f"model.layers.{i}", make, feed_forward(config)) for i in range(config.num_layers)],
-            auto_prefix=False,
-        )
-        self.norm = Norm("model.norm", make, config.norm_epsilon)
+        self.dtype = getattr(ms, config.compute.dtype)
+        self.adapters = None
+        if lora:
+            self.adapters = Adapters(lora, lora.shapes(config), self.shard.cut(adapter), self.shard, self.dtype)
         self.tied = config.tie_embeddings and config.head == "logits" and not transposed
-        if config.head == "score":
-            self.score = parameter_of(weights(SCORE), SCORE)
-        elif not self.tied:
-            head = embedding if config.tie_embeddings else weights(HEAD)
-            self.head = parameter_of(np.ascontiguousarray(head.T) if transposed else head, HEAD)
+        self._make_cells(Make(weights, self.shard, transposed, self.adapters or _no_adapter, self.dtype))
+        if self.adapters:
+            self.adapters.weights = None  # where the first values came from
         self.copy, self.sum = self.shard.copy(), self.shard.sum()
         self.gather_columns = self.shard.gather_columns()
         self.is_split = self.shard.tensor.size > 1
-        self.first_token = self.shard.tensor.index * embedding.shape[0]  # of this rank's part of the vocabulary
+        self.first_token = self.shard.tensor.index * self.embedding.shape[0]  # of this rank's part of the vocabulary
         self.vocabulary = SplitVocabulary(self.shard.tensor, self.first_token) if self.is_split else None
+        targets = config.compute.targets_at_once(self.embedding.shape[0])
+        self.chunked = ChunkedLogprobs(targets, self.vocabulary, self.dtype)
         self.parts, self.part = self.shard.sequence.size, self.shard.sequence.index  # of every row's tokens
         self.sum_of_parts = SumOfParts(self.shard.sequence) if self.parts > 1 else None
-        cos, sin = rope_tables(config)
-        self.cos, self.sin = Tensor(cos), Tensor(sin)
         every = {parameter.name: parameter for parameter in self.get_parameters()}
         self.adapter_by_name = {name: every.pop(name) for name in self.adapters.shapes} if lora else {}
-        self.by_name = {name: parameter for name, parameter in every.items() if not name.startswith("lora.")}
+        named = (*expected_shapes(config), HEAD)  # a tied head that is held apart is one more
+        self.by_name = {name: every[name] for name in named if name in every}
         if lora:
             for name, parameter in self.by_name.items():
                 parameter.requires_grad = name == SCORE
+
+    def _make_cells(self, make: Make) -> None:
+        """All that has parameters."""
+        config, embedding = self.config, make.weights(EMBEDDING)
+        self.embedding = parameter_of(embedding, EMBEDDING)
+        self.position_embedding = None
+        if config.family.learned_positions:
+            self.position_embedding = parameter_of(make.weights(POSITIONS), POSITIONS)
+        attention = LatentAttention if config.latent else Attention
+        self.layers = nn.CellList(
+            [
+                Layer(config, f"model.layers.{i}", make, attention, Experts if config.has_experts(i) else FeedForward)
+                for i in range(config.num_layers)
+            ],
+            auto_prefix=False,
+        )
+        if config.compute.recompute:
+            for layer in self.layers:
+                layer.recompute()
+        self.norm = Norm("model.norm", make, config.norm_epsilon, config.family.layer_norm)
+        if config.head == "score":
+            self.score = parameter_of(make.weights(SCORE), SCORE)
+        elif not self.tied:
+            head = embedding if config.tie_embeddings else make.weights(HEAD)
+            self.head = parameter_of(np.ascontiguousarray(head.T) if make.transposed else head, HEAD)
+        cos, sin = rope_tables(config)
+        self.cos, self.sin = Tensor(cos), Tensor(sin)
 
     def _rope(self, positions):
         flat = positions.reshape(-1)
         return ops.gather(self.cos, flat, 0).expand_dims(1), ops.gather(self.sin, flat, 0).expand_dims(1)
 
-    def _embed(self, tokens):
-        """tokens [M] int32 -> [M, H]."""
+    def _embed(self, tokens, positions):
+        """tokens, positions [M] int32 -> [M, H]."""
+        x = self._embed_tokens(tokens)
+        return x if self.position_embedding is None else x + ops.gather(self.position_embedding, positions, 0)
+
+    def _embed_tokens(self, tokens):
         if not self.is_split:
             return ops.gather(self.embedding, tokens, 0)
         here, rows = tokens - self.first_token, self.embedding.shape[0]
@@ -128,9 +154,10 @@ class Decoder(nn.Cell):
             tokens, positions, segments = tokens[:, columns], positions[:, columns], segments[:, columns]
             mask = kernels.visible(seen_positions, seen_segments, positions, segments)
         cos, sin = self._rope(positions)
-        x = self._embed(tokens.reshape(-1))
+        x = self._embed(tokens.reshape(-1), positions.reshape(-1))
+        real = ops.cast(segments.reshape(-1) > 0, ms.float32)
         for layer in self.layers:
-            x, _, _ = layer(x, positions, segments, cos, sin, mask)
+            x, _ = layer(x, positions, segments, cos, sin, mask, real)
         return self.norm(x)
 
     def targets(self, tokens, positions, segments, index):
@@ -147,20 +174,22 @@ class Decoder(nn.Cell):
         return self.sum_of_parts(found)
 
     def prefill(self, tokens, positions, segments):
-        """The same rows -> key and value [B, Hkv, T, D] of every layer, in the order key, value, key, value..."""
+        """The same rows -> what every layer caches, [B, heads, T, width] each: key, value, key, value...; in latent
+        attention one of each layer."""
         cos, sin = self._rope(positions)
         mask = kernels.visible(positions, segments)
-        x = self._embed(tokens.reshape(-1))
+        x = self._embed(tokens.reshape(-1), positions.reshape(-1))
         cached = ()
         for layer in self.layers:
-            x, key, value = layer(x, positions, segments, cos, sin, mask)
-            cached = cached + (kernels.by_head(key, tokens.shape[0]), kernels.by_head(value, tokens.shape[0]))
+            x, parts = layer(x, positions, segments, cos, sin, mask, None)
+            for part in parts:
+                cached = cached + (kernels.by_head(part, tokens.shape[0]),)
         return cached
 
     def decode(self, tokens, positions, rows, mask, key_caches, value_caches):
         """One token a slot: tokens, positions [S] int32, rows and mask as in kernels.decode_attention -> [S, H]."""
         cos, sin = self._rope(positions)
-        x = self._embed(tokens)
+        x = self._embed(tokens, positions)
         for i in range(len(self.layers)):
             x = self.layers[i].decode(x, positions, cos, sin, mask, rows, key_caches[i], value_caches[i])
         return self.norm(x)
@@ -173,17 +202,43 @@ class Decoder(nn.Cell):
         """Of this rank's part of the vocabulary, [M, vocabulary / T]."""
         hidden = self.copy(hidden)
         if self.tied:
-            return kernels.linear(hidden, self.embedding, None, False)
-        return kernels.linear(hidden, self.head, None, self.transposed)
+            return kernels.linear(hidden, self.embedding, None, False, self.dtype)
+        logits = kernels.linear(hidden, self.head, None, self.transposed, self.dtype)
+        if self.config.family.normalized_head:
+            axis = 0 if self.transposed else 1
+            logits = logits * ops.rsqrt(ops.maximum((self.head * self.head).sum(axis), 1e-24)).expand_dims(0)
+        return logits
+
+    def is_chunked(self, targets: int) -> bool:
+        """Whether the log-probs of so many are computed in chunks. A generator's decoder, transposed, has few."""
+        return not self.transposed and 0 < self.chunked.rows < targets
+
+    def own_head(self):
+        """What own_logits multiplies by, [vocabulary / T, H]; not of a transposed decoder."""
+        head = self.embedding if self.tied else self.head
+        if self.config.family.normalized_head:
+            return head * ops.rsqrt(ops.maximum((head * head).sum(1, keepdims=True), 1e-24))
+        return head.reshape(head.shape)  # a parameter itself cannot be an argument of a cell with its own gradient
 
     def scores(self, hidden):
         """hidden [M, H] -> [M] float32, of a reward model."""
         return kernels.linear(hidden, self.score, None, False).reshape(-1)
 
+    @property
+    def cache_widths(self) -> dict[str, int]:
+        """What a layer caches of a token: kind -> numbers a head."""
+        latent, width = self.config.latent, self.config.head_dim
+        return {"latent": latent.kv_rank + latent.rope} if latent else {"key": width, "value": width}
+
+    @property
+    def cache_heads(self) -> int:
+        """Heads of this rank's caches; the latent vector belongs to all."""
+        return 1 if self.config.latent else self.config.num_kv_heads // self.layout.tensor
+
     # -- parameters -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and float32 array, Hugging Face's names, shapes and order; views of the parameters where possible."""
+        """Name and float32 array, in the order of expected_shapes; views of the parameters where possible."""
         for name in expected_shapes(self.config):
             yield name, self.weights(name)
 
@@ -194,10 +249,12 @@ class Decoder(nn.Cell):
         """
         return self.shard.whole(name, self.own_weights(name))
 
+    def expert(self, name: str, number: int) -> np.ndarray:
+        """One expert's matrix of a stacked tensor, whole. All tensor ranks have to call it."""
+        return self.shard.whole_expert(name, number, self.own_weights(name))
+
     def own_weights(self, name: str) -> np.ndarray:
-        """This rank's slice of it; None of an expert that other ranks have."""
-        if expert_of(name) is not None and name not in self.by_name:
-            return None
+        """This rank's slice of it."""
         scale = float(self.adapters.scale.asnumpy()) if self.lora else 0.0
         if scale == 0:
             return self._as_stored(self.by_name[name])
@@ -211,20 +268,16 @@ class Decoder(nn.Cell):
         """
         own = self.shard.cut(weights)
         for name in expected_shapes(self.config):
-            array = own(name)
-            if array is not None:
-                self.write(name, (...,), array)
+            self.write(name, (...,), own(name))
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
-        """A part of the parameter of that name, in place: box is relative to this rank's slice, Hugging Face's axes."""
+        """A part of the parameter of that name, in place: box is relative to this rank's slice, matrices [out, in]."""
         names = [name, HEAD] if name == EMBEDDING and self._is_tied_head(HEAD) and not self.tied else [name]
         for parameter in (self.by_name[own] for own in names if own in self.by_name):
             view = self._as_stored(parameter)
             view[box] = array
             if parameter.asnumpy().ctypes.data != parameter.data_ptr():  # a device's: the view was a copy
-                parameter.set_data(
-                    Tensor(np.ascontiguousarray(view.T if self._is_transposed(parameter.name) else view))
-                )
+                parameter.set_data(Tensor(np.ascontiguousarray(self._turned(parameter.name, view))))
 
     def adapter_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and whole array of what an adapter's file holds: every A and B, and the score head."""
@@ -250,7 +303,11 @@ class Decoder(nn.Cell):
             return list(self._adapted().values())
         check_layers(layers, self.config, "model.train_layers")
         prefixes = tuple(f"model.layers.{layer}." for layer in layers) + (SCORE,)
-        return [parameter for name, parameter in self.by_name.items() if not layers or name.startswith(prefixes)]
+        return [
+            parameter
+            for name, parameter in self.by_name.items()
+            if parameter.requires_grad and (not layers or name.startswith(prefixes))
+        ]
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -270,17 +327,13 @@ class Decoder(nn.Cell):
     def _is_tied_head(self, name: str) -> bool:
         return self.config.tie_embeddings and name == HEAD
 
-    def _is_transposed(self, name: str) -> bool:
-        return self.transposed and name not in (EMBEDDING, SCORE)  # a vector is its own transpose
+    def _turned(self, name: str, array: np.ndarray) -> np.ndarray:
+        """From [out, in] to how it is held, or back: a view."""
+        is_held_as_it_is = name in (EMBEDDING, POSITIONS, SCORE) or ".kv_b_proj." in name or array.ndim < 2
+        return array if is_held_as_it_is or not self.transposed else array.swapaxes(-1, -2)
 
     def _as_stored(self, parameter: Parameter) -> np.ndarray:
-        array = parameter.asnumpy()
-        return array.T if self._is_transposed(parameter.name) else array
-
-
-def feed_forward(config: DecoderConfig) -> type:
-    """The cell of a layer's second half."""
-    return Experts if config.num_experts else FeedForward
+        return self._turned(parameter.name, parameter.asnumpy())
 
 
 def _no_adapter(name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mindrlhf.errors import UserError
 
-_REQUIRED = object()
+REQUIRED: Any = object()  # the default of a key that must be there
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str
             raise UserError(f"{where}: unknown key {key!r}; {hint}")
 
 
-def integer(values: Mapping[str, Any], key: str, where: str, default: Any = _REQUIRED) -> Any:
+def integer(values: Mapping[str, Any], key: str, where: str, default: Any = REQUIRED) -> Any:
     """A whole number, or `default` as it is where the key is absent or null. Raises UserError."""
     value = _present(values, key, where, default)
     if value is default:
@@ -44,7 +44,7 @@ def integer(values: Mapping[str, Any], key: str, where: str, default: Any = _REQ
     return value
 
 
-def number(values: Mapping[str, Any], key: str, where: str, default: Any = _REQUIRED) -> Any:
+def number(values: Mapping[str, Any], key: str, where: str, default: Any = REQUIRED) -> Any:
     """A finite number as float, or `default` as it is where the key is absent or null. Raises UserError."""
     value = _present(values, key, where, default)
     if value is default:
@@ -62,10 +62,20 @@ def flag(values: Mapping[str, Any], key: str, where: str, default: bool = False)
     return value
 
 
+def integers(values: Mapping[str, Any], key: str, where: str, default: Any = REQUIRED) -> Any:
+    """A tuple of whole numbers, or `default` as it is where the key is absent or null. Raises UserError."""
+    value = _present(values, key, where, default)
+    if value is default:
+        return default
+    if not isinstance(value, (list, tuple)) or any(type(number) is not int for number in value):
+        raise UserError(f"{where}: {key} is {value!r}; it must be a list of whole numbers")
+    return tuple(value)
+
+
 def _present(values: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
     """The value, or the default where the key is absent or null: Hugging Face writes null for 'not set'."""
     value = values.get(key)
-    if value is None and default is _REQUIRED:
+    if value is None and default is REQUIRED:
         raise UserError(f"{where}: {key} is missing; add it")
     return default if value is None else value
 

@@ -12,29 +12,27 @@ other loaders check nothing: a file cut short must be an error here, not a model
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mindrlhf.errors import UserError
-from mindrlhf.models.config import FAMILIES, DecoderConfig
+from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.conversion import Source, stored_shapes
 from mindrlhf.models.fields import read_json
+from mindrlhf.models.shapes import HEAD, SCORE
 from mindrlhf.utils.parallel import is_main
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-SCORE = "score.weight"
 LARGEST_HEADER = 100_000_000  # bytes, the library's own limit
 
 # What can be read as float32. bfloat16 is the upper half of a float32, so it is read as the integer it is stored as.
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
-
-Source = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # name, shape, what returns it as float32
 
 
 class Entry(NamedTuple):
@@ -59,6 +57,13 @@ class Tensors(Mapping[str, np.ndarray]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._entries.items()}
 
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        return self._entries
+
+    def named_as_whole(self, config: DecoderConfig) -> "Tensors":
+        return Tensors(named_as_whole(self._entries, config))
+
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
         if entry.dtype not in DTYPES:
@@ -79,6 +84,14 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def named_as_whole(tensors: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """The same under a whole model's names where they are those of its trunk, as in GPT-2's own checkpoints."""
+    trunk = config.family.trunk
+    if any(name.startswith(trunk) for name in tensors):
+        return dict(tensors)
+    return {name if name in (HEAD, SCORE) else trunk + name: tensor for name, tensor in tensors.items()}
 
 
 def read_tensors(directory: str | Path) -> Tensors:
@@ -291,51 +304,14 @@ def flush_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's name -> shape of every parameter, in the order of the forward pass; matrices are [out, in]."""
-    hidden = config.hidden_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for number in range(config.num_layers):
-        layer = f"model.layers.{number}"
-        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
-        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-            shapes[f"{layer}.self_attn.{name}.weight"] = (rows, hidden)
-            if config.qkv_bias:
-                shapes[f"{layer}.self_attn.{name}.bias"] = (rows,)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, query)
-        if config.output_bias:
-            shapes[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        shapes |= _feed_forward_shapes(config, layer)
-    shapes["model.norm.weight"] = (hidden,)
-    if config.head == "score":
-        shapes[SCORE] = (1, hidden)
-    elif not config.tie_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    return shapes
-
-
-def _feed_forward_shapes(config: DecoderConfig, layer: str) -> dict[str, tuple[int, ...]]:
-    inward, outward = (config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)
-    name = f"{layer}.{FAMILIES[config.model_type].feed_forward}"
-    if not config.num_experts:
-        return {f"{name}.{kind}_proj.weight": outward if kind == "down" else inward for kind in ("gate", "up", "down")}
-    shapes = {f"{name}.gate.weight": (config.num_experts, config.hidden_size)}
-    for number in range(config.num_experts):
-        for kind in ("w1", "w2", "w3"):
-            shapes[f"{name}.experts.{number}.{kind}.weight"] = outward if kind == "w2" else inward
-    return shapes
-
-
 def check_names(config: DecoderConfig, found: Mapping[str, tuple[int, ...]], directory: str | Path) -> None:
-    """Every parameter of the decoder is there in its shape, and nothing else is.
+    """Every tensor of the family's checkpoint is there in its shape, and nothing else is.
 
-    Passed over: the rotary frequencies that old checkpoints store, and lm_head.weight where the embedding or
-    the score is the head.
+    Passed over: what old checkpoints store and nobody needs (rotary frequencies, causal masks), layers behind the last
+    (DeepSeek-V3's, which predict several tokens), and lm_head.weight where the embedding or the score is the head.
     Raises one UserError naming the first tensor that is missing, misshapen or unexpected, and how many more there are.
     """
-    expected = expected_shapes(config)
+    expected = stored_shapes(config)
     problems = []
     for name, shape in expected.items():
         if name not in found:
@@ -344,11 +320,20 @@ def check_names(config: DecoderConfig, found: Mapping[str, tuple[int, ...]], dir
         elif tuple(found[name]) != shape:
             problems.append(f"{name} has shape {list(found[name])}, config.json makes it {list(shape)}")
     for name, shape in found.items():
-        if name not in expected and name != HEAD and not name.endswith("rotary_emb.inv_freq"):
+        if name not in expected and not _is_passed_over(name, config):
             problems.append(f"{name} {list(shape)} is unexpected: {config.model_type} models have no such tensor")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{directory}: {problems[0]}{more}; use the config.json that belongs to these weights")
+
+
+def _is_passed_over(name: str, config: DecoderConfig) -> bool:
+    if name == HEAD or name.endswith("rotary_emb.inv_freq"):
+        return True
+    if config.family.learned_positions and name.endswith((".attn.bias", ".attn.masked_bias")):
+        return True
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return config.latent is not None and layer is not None and int(layer[1]) >= config.num_layers
 
 
 def read_generation_config(directory: str | Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A [rank, in], B [out, rank] and scale = alpha / rank, or alpha / sqrt(rank) wher
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,12 @@ import numpy as np
 from mindrlhf.config import LoraConfig
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
-from mindrlhf.models.hf import expected_shapes
+from mindrlhf.models.conversion import is_stored_as_it_is
+from mindrlhf.models.shapes import Weights, expected_shapes
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"
 A, B = "lora_A.weight", "lora_B.weight"
-
-Weights = Callable[[str], np.ndarray]  # a parameter's Hugging Face name -> float32 array of its Hugging Face shape
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,16 @@ class Lora:
                 raise UserError(f"model.lora.{name}: {value} must be {expected}")
         if not config.rank:
             return None
-        wanted = MODULES if config.target_modules == [ALL_LINEAR] else config.target_modules
-        for name in wanted:
-            if name not in MODULES:
-                known = f"{', '.join(MODULES)}; or {ALL_LINEAR} alone"
-                raise UserError(f"model.lora.target_modules: unknown module {name!r}; there are {known}")
+        # An adapter of another projection could not be written in PEFT's names.
+        there = tuple(name for name in MODULES if is_stored_as_it_is(decoder, name))
+        wanted = there if config.target_modules == [ALL_LINEAR] else config.target_modules
+        for name in wanted or (ALL_LINEAR,):
+            if name not in there:
+                known = f"{', '.join(there)}; or {ALL_LINEAR} alone" if there else "none: train the whole model"
+                raise UserError(
+                    f"model.lora.target_modules: no module {name!r} that can be adapted in model_type "
+                    f"{decoder.model_type}; there are {known}"
+                )
         check_layers(config.layers, decoder, "model.lora.layers")
         modules = tuple(name for name in MODULES if name in wanted)
         return cls(config.rank, config.alpha, config.dropout, modules, tuple(sorted(set(config.layers))))

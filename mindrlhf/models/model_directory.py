@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from mindrlhf.data.tokenizers import has_tokenizer
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
-from mindrlhf.models.hf import SCORE, check_names, expected_shapes, read_generation_config, read_tensors
-from mindrlhf.models.lora import Weights, merged
+from mindrlhf.models.conversion import from_stored
+from mindrlhf.models.hf import check_names, read_generation_config, read_tensors
+from mindrlhf.models.lora import merged
 from mindrlhf.models.peft import SavedAdapter, base_directory, is_adapter, read_adapter
-
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+from mindrlhf.models.shapes import SCORE, Weights, expected_shapes
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class ModelDirectory:
     @property
     def tokenizer(self) -> Path:
         """The directory with the tokenizer: an adapter may bring its own."""
-        return self.path if any((self.path / name).is_file() for name in TOKENIZER_FILES) else self.base
+        return self.path if has_tokenizer(self.path) else self.base
 
     def generation_config(self) -> dict[str, Any]:
         return read_generation_config(self.path) or read_generation_config(self.base)
 
 
 def tensors_of(directory: Path, config: DecoderConfig) -> Weights:
-    """The tensors of a checkpoint by name, all names and shapes checked first. Raises UserError."""
-    tensors = read_tensors(directory)
+    """The tensors of a checkpoint by the decoder's names, all names and shapes checked first. Raises UserError."""
+    tensors = read_tensors(directory).named_as_whole(config)
     check_names(config, tensors.shapes, directory)
-    return tensors.__getitem__
+    return from_stored(config, tensors.__getitem__)

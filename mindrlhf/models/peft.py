@@ -14,8 +14,9 @@ import numpy as np
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.fields import flag, integer, number, read_json
-from mindrlhf.models.hf import SCORE, read_tensor_file, write_tensor_file
+from mindrlhf.models.hf import read_tensor_file, write_tensor_file
 from mindrlhf.models.lora import MODULES, A, Lora
+from mindrlhf.models.shapes import SCORE
 from mindrlhf.utils.checkpoint import write_json
 
 CONFIG_FILE = "adapter_config.json"

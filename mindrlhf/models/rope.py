@@ -16,20 +16,26 @@ from mindrlhf.models.config import DecoderConfig
 def rope_tables(config: DecoderConfig, positions: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of every position's angles, times YaRN's attention factor.
 
-    Returns (cos, sin), each [P, head_dim] float32, P being `positions` or config.max_positions. Layout: Hugging Face's
-    two halves, table[p, i] == table[p, i + head_dim / 2], to be used as x * cos + cat(-x2, x1) * sin.
+    Returns (cos, sin), each [P, D] float32, P being `positions` or config.max_positions, D the head's width, or that of
+    its rotated part in latent attention. Layout: two halves, table[p, i] == table[p, i + D / 2], to be used as
+    x * cos + cat(-x2, x1) * sin. Numbers that are not rotated, at the end of either half (see
+    conversion.rotary_order), and all of a model with learned positions, have cosine 1 and sine 0.
     """
-    frequencies, attention_factor = _frequencies(config)
     rows = config.max_positions if positions is None else positions
+    if config.family.learned_positions:
+        return np.ones((rows, config.head_dim), np.float32), np.zeros((rows, config.head_dim), np.float32)
+    frequencies, attention_factor = _frequencies(config)
     angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies  # [P, head_dim / 2] float32
     factor = np.float32(attention_factor)
     cos, sin = (function(angles, dtype=np.float64).astype(np.float32) * factor for function in (np.cos, np.sin))
+    still = 0 if config.latent else (config.head_dim - config.rotated) // 2
+    cos, sin = np.pad(cos, ((0, 0), (0, still)), constant_values=1), np.pad(sin, ((0, 0), (0, still)))
     return np.concatenate([cos, cos], axis=1), np.concatenate([sin, sin], axis=1)
 
 
 def _frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
-    """(radians a position [head_dim / 2] float32, factor of cosines and sines)."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    """(radians a position [rotated / 2] float32, factor of cosines and sines)."""
+    exponents = np.arange(0, config.rotated, 2, dtype=np.float32) / np.float32(config.rotated)
     # The power in float64, rounded: libraries differ in the last bit of a float32 power.
     periods = np.power(config.rope_theta, exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1) / periods
@@ -65,15 +71,15 @@ def _yarn(periods: np.ndarray, config: DecoderConfig) -> np.ndarray:
 
     def dimension(rotations: float) -> float:
         """The dimension that makes this many turns in the trained window."""
-        return config.head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return config.rotated * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
+    low, high = max(low, 0), min(high, config.rotated - 1)
     if low == high:
         high += 0.001  # no division by 0
-    ramp = (np.arange(config.head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    ramp = (np.arange(config.rotated // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     kept = 1 - np.clip(ramp, np.float32(0), np.float32(1))
     stretched = np.float32(1) / (np.float32(scaling["factor"]) * periods)
     return (stretched * (1 - kept) + np.float32(1) / periods * kept).astype(np.float32)

@@ -1,9 +1,8 @@
-"""The rope settings of a config.json, and of a MindFormers configuration, in one form.
+"""The rope settings of a config.json in one form.
 
 Source: transformers 4.57 `modeling_rope_utils.py`, for the names and both spellings.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,8 +49,6 @@ def _rope_scaling(scaling: Any, where: str) -> dict[str, Any] | None:
     kind = rope_type(scaling)
     if kind not in tuple(ROPE_TYPES):
         raise UserError(f"{where}: rope_type {kind!r} is not supported; known: {', '.join(ROPE_TYPES)}")
-    if scaling.get("partial_rotary_factor") not in (None, 1):
-        raise UserError(f"{where}: partial_rotary_factor other than 1 is not supported; use another model")
     needed, optional = ROPE_TYPES[kind]
     result: dict[str, Any] = {"rope_type": kind}
     for key in needed + optional:
@@ -71,25 +68,3 @@ def _rope_scaling(scaling: Any, where: str) -> dict[str, Any] | None:
     if kind == "llama3" and not 0 < result["low_freq_factor"] < result["high_freq_factor"]:
         raise UserError(f"{where}: high_freq_factor must be over low_freq_factor, and both over 0")
     return None if kind == "default" else result
-
-
-def mindformers_rope(config: Any, where: str) -> tuple[float, dict[str, Any] | None]:
-    """MindFormers' theta, extend_method and scaling_factor in Hugging Face's words (`modules/layers.py` FreqsMgr)."""
-    method, scaling = getattr(config, "extend_method", "None"), getattr(config, "scaling_factor", 1.0)
-    if method in (None, "None"):
-        return config.theta, None
-    if method == "NTK":
-        return config.theta * scaling, None
-    if method == "PI":
-        return config.theta, {"rope_type": "linear", "factor": scaling}
-    if method in ("linear", "LLAMA3"):
-        return config.theta, {**scaling, "rope_type": method.lower()}
-    if method == "YARN":
-        # Its attention factor is always the quotient; Hugging Face's is so only if neither mscale is 0.
-        parts = [
-            0.1 * scaling[key] * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
-            for key in ("mscale", "mscale_all_dim")
-        ]
-        kept = {key: value for key, value in scaling.items() if not key.startswith("mscale")}
-        return config.theta, {**kept, "rope_type": "yarn", "attention_factor": parts[0] / parts[1]}
-    raise UserError(f"{where}: extend_method {method!r} is not supported; known: None, NTK, PI, linear, LLAMA3, YARN")

@@ -30,18 +30,18 @@ def gated_numbers(model: Architecture, layout: Layout, has_experts: bool) -> flo
         return 3 * model.intermediate_size / layout.tensor
     inner = layout.tensor // layout.expert
     gated = model.hidden_size + 3 * model.expert_width / inner
-    if model.skips_experts:
-        own = model.experts_per_token / layout.expert * (model.hidden_size + gated)
-    else:
-        own = model.num_experts / layout.expert * gated + model.hidden_size  # one input, beside the router's weights
+    own = model.experts_per_token / layout.expert * (model.hidden_size + gated)
     return own + 3 * model.shared_width / layout.tensor + model.num_experts
 
 
 def kept_numbers(model: Architecture, layout: Layout) -> float:
     """A token, all layers and the last norm: what the forward pass leaves for the backward pass."""
     residual = 4 * model.hidden_size  # the inputs and outputs of a layer's two norms
-    residual += sum(model.extra_layer_norms)
     attention = attention_numbers(model, layout)
+    if model.family.sandwich_norms:  # the inputs of the two norms behind attention and MLP
+        residual += 2 * model.hidden_size
+    if model.family.qk_norm:  # and of those of queries and keys
+        attention += (model.num_heads + model.num_kv_heads) * model.head_dim / layout.tensor
     dense = model.num_layers - model.expert_layers
     gated = dense * gated_numbers(model, layout, False)
     if model.expert_layers:

@@ -38,16 +38,15 @@ def generation_seconds(job: Job, devices: Devices, layout: Layout) -> float:
     prompts = math.ceil(job.prompts_per_step / layout.data)
     answers = math.ceil(job.answers / layout.data)
     slots = min(job.slots, answers)
-    prefill = 2 * prompts * job.prompt_tokens * model.computed_parameters / layout.tensor / devices.flops
+    prefill = 2 * prompts * job.prompt_tokens * model.active_parameters / layout.tensor / devices.flops
     touched = numbers_on_rank(tuple(weight for weight in model.weights if not weight.is_routed), layout)
     routed = numbers_on_rank(tuple(weight for weight in model.weights if weight.is_routed), layout)
-    if routed:  # all experts, or those that at least one of the slots' tokens has chosen
-        unused = (1 - model.experts_per_token / model.num_experts) ** slots if model.skips_experts else 0
-        touched += routed * (1 - unused)
+    if routed:  # of the experts that at least one of the slots' tokens has chosen
+        touched += routed * (1 - (1 - model.experts_per_token / model.num_experts) ** slots)
     length = job.prompt_tokens + job.answer_tokens / 2
     cache = slots * length * model.num_layers * model.cache_width / model.cache_ranks(layout)
     read = (numbers.weight * touched + numbers.activation * cache) / devices.memory_bandwidth
-    computed = 2 * slots * model.computed_parameters / layout.tensor / devices.flops
+    computed = 2 * slots * model.active_parameters / layout.tensor / devices.flops
     summed = _reductions(model, devices, layout, slots, 2)
     steps = math.ceil(answers / slots) * job.answer_tokens
     return prefill + steps * (max(read, computed) + summed)
@@ -61,7 +60,7 @@ def pass_seconds(model: Architecture, job: Job, devices: Devices, arrangement: A
     batches = job.updates * math.ceil(packed / arrangement.rows)
     tokens = batches * arrangement.rows * job.row_tokens  # rows that stay empty are computed too
     attention = 2 * model.num_heads * _attention_width(model) * job.length * model.num_layers / 2  # half is masked
-    operations = passes * tokens * (2 * model.computed_parameters + attention) / (layout.tensor * layout.sequence)
+    operations = passes * tokens * (2 * model.active_parameters + attention) / (layout.tensor * layout.sequence)
     own = arrangement.rows * job.row_tokens / layout.sequence
     reductions = batches * _reductions(model, devices, layout, own, 2 if passes == 1 else 4)
     gathered = 0.0

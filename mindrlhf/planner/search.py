@@ -99,7 +99,7 @@ def _order(plan: Plan) -> tuple[float, float, float]:
 
 def _divides(model: Architecture, layout: Layout) -> bool:
     try:
-        model.check(layout, "")
+        layout.check(model, "")
     except UserError:
         return False
     return True

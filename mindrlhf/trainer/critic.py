@@ -10,11 +10,13 @@ from mindspore import Tensor
 from mindrlhf.config import CriticConfig, OptimizerConfig
 from mindrlhf.errors import UserError
 from mindrlhf.models.decoder import Decoder
-from mindrlhf.models.hf import SCORE, expected_shapes, read_tensor_file, write_tensor_file
+from mindrlhf.models.hf import read_tensor_file, write_tensor_file
+from mindrlhf.models.shapes import SCORE, expected_shapes
 from mindrlhf.trainer.roles import Policy, check_same_tokens, check_vocabulary, open_checkpoint
 from mindrlhf.types import ActorCriticBatch, PackedRows, PolicyBatch, ValueBatch
 from mindrlhf.utils.parallel import is_main
 from mindrlhf.utils.swap import Memory
+from mindrlhf.wrapper.loss_scale import LossScale
 from mindrlhf.wrapper.policy_objectives import TrunkValues, ValueHead, ValueObjective
 from mindrlhf.wrapper.scorer import POSITION_FIELDS, ScoreHead, over
 from mindrlhf.wrapper.train_step import StepResult, TrainStep
@@ -29,7 +31,8 @@ class OwnCritic:
     def __init__(self, config: CriticConfig, policy: Policy, optimizer: OptimizerConfig, model: Policy | None = None):
         """model: the critic where the program has made it; else config.model, else a copy of the policy. UserError."""
         if model is None and config.model:
-            model = open_checkpoint(config.model, head="score", layout=policy.decoder.layout)
+            make = policy.decoder.config.compute.applied_to(Decoder)
+            model = open_checkpoint(config.model, head="score", layout=policy.decoder.layout, make=make)
             check_vocabulary(policy.tokenizer, model.decoder.config, f"critic.model: {config.model}")
             check_same_tokens(policy.tokenizer, model.tokenizer, f"critic.model: {config.model}")
             theirs, ours = model.decoder.config.max_positions, policy.decoder.config.max_positions
@@ -39,7 +42,9 @@ class OwnCritic:
         self.model = model or Policy(_with_score_head(policy.decoder), policy.tokenizer, policy.generation_config)
         self._head = ScoreHead(self.model.decoder)
         objective = ValueObjective(self.model.decoder, config.value_clip)
-        self.train_step = TrainStep(objective, self.model.trainable, optimizer, shard=self.model.decoder.shard)
+        decoder = self.model.decoder
+        scale = LossScale.of(decoder)
+        self.train_step = TrainStep(objective, self.model.trainable, optimizer, shard=decoder.shard, loss_scale=scale)
 
     def add_roles(self, memory: Memory) -> None:
         memory.add("critic_optimizer", self.train_step.moments)

@@ -8,6 +8,7 @@ from mindspore import nn
 
 from mindrlhf.config import KDConfig
 from mindrlhf.errors import UserError
+from mindrlhf.models.decoder import Decoder
 from mindrlhf.trainer.layouts import scoring_layout
 from mindrlhf.trainer.offline import TEST, TRAIN
 from mindrlhf.trainer.roles import open_checkpoint
@@ -46,7 +47,8 @@ class KDTrainer(SFTTrainer):
             )
         if settings.on_policy:
             self._check_sampling()
-        teacher = open_checkpoint(settings.teacher, head="logits", layout=student.decoder.layout)
+        make = student.decoder.config.compute.applied_to(Decoder)
+        teacher = open_checkpoint(settings.teacher, head="logits", layout=student.decoder.layout, make=make)
         if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
             raise UserError(
                 f"distillation.teacher: {settings.teacher} has another vocabulary than the student; take a teacher "

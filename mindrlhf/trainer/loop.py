@@ -64,7 +64,8 @@ class Trainer(ABC):
     @property
     def starts_at_path(self) -> bool:
         """Whether the policy, as training starts, is the checkpoint model.path."""
-        return bool(self.config.model.path)
+        model = self.config.model
+        return bool(model.path) and not model.add_tokens
 
     def reference_scorer(self, fresh: bool, longest: int, temperature: float = 1.0) -> Scorer:
         """Of model.reference, or of the policy as training started; `fresh` says that it is as it was then.
@@ -79,7 +80,9 @@ class Trainer(ABC):
         directory = model.reference or (str(first) if first.is_dir() else model.path)
         if not directory:
             raise UserError(f"{first}: is gone, and with it the reference policy; start anew with another output=")
-        opened = open_checkpoint(directory, head="logits", layout=self.policy.decoder.layout)
+        decoder = self.policy.decoder
+        make = decoder.config.compute.applied_to(Decoder)
+        opened = open_checkpoint(directory, head="logits", layout=decoder.layout, make=make)
         check_same_tokens(self.policy.tokenizer, opened.tokenizer, f"model.reference: {directory}")
         reference = opened.decoder
         if reference.lora:  # merged, as a fresh run has it, to the bit

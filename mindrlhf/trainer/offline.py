@@ -20,6 +20,8 @@ from mindrlhf.trainer.loop import Trainer, check_numbers
 from mindrlhf.trainer.roles import Policy, open_policy
 from mindrlhf.types import Conversation
 from mindrlhf.utils.logging import RunLog
+from mindrlhf.wrapper.balance import Balancer
+from mindrlhf.wrapper.loss_scale import LossScale
 from mindrlhf.wrapper.train_step import TrainStep
 
 TRAIN, TEST = "train", "test"
@@ -46,6 +48,7 @@ class OfflineTrainer(Trainer):
         if config.data.margin_key and not self.has_margins:
             raise UserError("data.margin_key: only reward models have a margin; remove it")
         self.policy = policy or open_policy(config.model, config.seed, self.head, training_layout(config))
+        self.balancer = Balancer.of(self.policy.decoder, config.model.balance)
         window = self.policy.decoder.config.max_positions
         self.max_tokens = config.training.max_tokens or window
         if self.max_tokens > window:
@@ -64,7 +67,7 @@ class OfflineTrainer(Trainer):
         dropout = self.policy.decoder.set_dropout
         return TrainStep(
             self.objective, self.policy.trainable, self.config.optimizer, dropout, self.config.seed,
-            shard=self.policy.decoder.shard,
+            shard=self.policy.decoder.shard, balancer=self.balancer, loss_scale=LossScale.of(self.policy.decoder),
         )  # fmt: skip
 
     def check(self) -> None:
@@ -138,6 +141,7 @@ class OfflineTrainer(Trainer):
         metrics = {
             "loss": result.loss,
             **self.means(result.metrics),
+            **result.routing,
             "learning_rate": rate,
             "gradient_norm": result.gradient_norm,
             "skipped_updates": self.train_step.skipped,

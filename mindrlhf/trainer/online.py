@@ -34,6 +34,8 @@ from mindrlhf.utils.logging import RunLog
 from mindrlhf.utils.parallel import is_main
 from mindrlhf.utils.progress import Progress
 from mindrlhf.utils.swap import Memory
+from mindrlhf.wrapper.balance import Balancer
+from mindrlhf.wrapper.loss_scale import LossScale
 from mindrlhf.wrapper.policy_objectives import PolicyObjective
 from mindrlhf.wrapper.scorer import Scorer
 from mindrlhf.wrapper.train_step import StepResult, TrainStep
@@ -60,13 +62,12 @@ class OnlineTrainer(Trainer):
         self.pretraining = pretraining_stage(config, self.policy)  # first: its rows may bring a stop token
         self.memory = Memory(config.memory)
         self.collector = Collector(config, self.algorithm, self.policy, self.prompts, rewards, self.memory)
-        auxiliary = self.pretraining and self.pretraining.objective
+        decoder, auxiliary = self.policy.decoder, self.pretraining and self.pretraining.objective
         self.train_step = TrainStep(
             self.make_objective(), self.trained_parameters(), config.optimizer, auxiliary=auxiliary,
-            shard=self.policy.decoder.shard,
+            shard=decoder.shard, balancer=Balancer.of(decoder, config.model.balance), loss_scale=LossScale.of(decoder),
         )  # fmt: skip
-        decay = config.algorithm.ema_decay
-        if decay and self.policy.decoder.lora:
+        if (decay := config.algorithm.ema_decay) and decoder.lora:
             raise UserError("algorithm.ema_decay: must be 0 with adapters: the average is of whole weights")
         self.average = WeightAverage(self.policy.trainable, decay, self.policy.decoder.shard) if decay else None
         self._scorer: Scorer | None = None
@@ -84,7 +85,7 @@ class OnlineTrainer(Trainer):
         if self.average:
             add("average", self.average.averages)
         every = {id(parameter): parameter for parameter in (*self.policy.decoder.get_parameters(), *trained)}
-        add("policy", list(every.values()), changing=trained)
+        add("policy", list(every.values()), changing=[*trained, *step.biases])
 
     @property
     def scorer(self) -> Scorer | None:
@@ -244,8 +245,8 @@ class OnlineTrainer(Trainer):
             metrics |= {"mismatch_mean": first["shift"] / max(first["tokens"], 1.0), "mismatch_max": first["shift_max"]}
         if self.pretraining:
             metrics["pretraining_loss"] = mean([result.metrics["auxiliary/loss"] for result in results])
-        metrics["loss"] = mean([result.loss for result in results])
-        metrics["gradient_norm"] = mean([result.gradient_norm for result in results])
+        metrics |= {name: mean([result.routing[name] for result in results]) for name in results[0].routing}
+        metrics |= {name: mean([getattr(result, name) for result in results]) for name in ("loss", "gradient_norm")}
         return metrics
 
     def _pretraining_batches(self) -> list[NamedTuple]:

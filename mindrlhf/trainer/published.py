@@ -6,17 +6,11 @@ from typing import Any
 
 from mindrlhf.errors import UserError
 from mindrlhf.layout import Layout
-from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.decoder import Decoder, random_weights
+from mindrlhf.models.mindformers_config import decoder_config, difference
 from mindrlhf.models.model_directory import ModelDirectory
 from mindrlhf.trainer.roles import Policy, check_vocabulary, checkpoint_weights
 from mindrlhf.wrapper.scorer import Scorer
-
-# What makes two configurations one model; tables, initial spread and token ids may differ.
-_ARCHITECTURE = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "qkv_bias",
-    "output_bias", "tie_embeddings", "norm_epsilon", "rope_theta", "rope_scaling",
-)  # fmt: skip
 
 
 class PromptBatches:
@@ -44,7 +38,7 @@ def described_policy(
     model_config: Any, tokenizer: Any, seed: int, name: str, layout: Layout, head: str = "logits"
 ) -> Policy:
     """The checkpoint that checkpoint_name_or_path names, or random weights where it names none. Raises UserError."""
-    config = replace(DecoderConfig.from_mindformers(model_config, name), head=head)
+    config = replace(decoder_config(model_config, name), head=head)
     check_vocabulary(tokenizer, config, name)
     checkpoint = checkpoint_of(model_config)
     if checkpoint and head == "score":
@@ -62,14 +56,14 @@ def described_policy(
 
 def check_same(name: str, model_config: Any, other_name: str, other: Any) -> None:
     """Raises UserError where two arguments of those names describe different models."""
-    ours = DecoderConfig.from_mindformers(model_config, name)
-    theirs = DecoderConfig.from_mindformers(other, other_name)
-    for field in _ARCHITECTURE:
-        if getattr(theirs, field) != getattr(ours, field):
-            raise UserError(
-                f"{other_name}: {field} is {getattr(theirs, field)}, but {getattr(ours, field)} in {name}; "
-                "they must describe the same model"
-            )
+    ours = decoder_config(model_config, name)
+    theirs = decoder_config(other, other_name)
+    field = difference(ours, theirs)
+    if field:
+        raise UserError(
+            f"{other_name}: {field} is {getattr(theirs, field)}, but {getattr(ours, field)} in {name}; "
+            "they must describe the same model"
+        )
 
 
 def described_reference(ref_model_config: Any, policy: Policy, temperature: float) -> Scorer | None:

@@ -78,7 +78,7 @@ class RolloutPool:
 
     def sync(self, decoder: "Decoder") -> None:
         """Its weights to every actor, adapters merged; each tensor is put into Ray's store once."""
-        from mindrlhf.models.hf import expected_shapes
+        from mindrlhf.models.shapes import expected_shapes
 
         references = {name: self.ray.put(decoder.weights(name)) for name in expected_shapes(decoder.config)}
         self._get([worker.sync.remote(references) for worker in self.workers])

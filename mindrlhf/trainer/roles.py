@@ -1,7 +1,6 @@
 """The models of a job, opened from checkpoints or built from nothing."""
 
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,20 @@ from typing import Any
 from mindspore import Parameter
 
 from mindrlhf.config import BuildConfig, LoraConfig, ModelConfig
-from mindrlhf.data.tokenizers import build_tokenizer, load_tokenizer, stop_ids
+from mindrlhf.data.tokenizers import load_tokenizer, stop_ids, train_tokenizer
 from mindrlhf.errors import UserError
 from mindrlhf.layout import ONE_PROCESS, Layout
+from mindrlhf.models.compute import Compute
 from mindrlhf.models.config import DecoderConfig
-from mindrlhf.models.decoder import Decoder, Weights, random_weights
-from mindrlhf.models.hf import Source, check_names, expected_shapes, read_generation_config
+from mindrlhf.models.conversion import Source, stored_shapes, to_stored
+from mindrlhf.models.decoder import Decoder, random_weights
+from mindrlhf.models.hf import check_names, read_generation_config
 from mindrlhf.models.lora import Lora, check_layers, random_adapter
+from mindrlhf.models.mindformers_backbone import OURS, Network, network_of
 from mindrlhf.models.model_directory import ModelDirectory, tensors_of
 from mindrlhf.models.peft import is_adapter, read_adapter, write_adapter
+from mindrlhf.models.resizing import with_tokens
+from mindrlhf.models.shapes import Weights
 from mindrlhf.utils.checkpoint import write_json, write_model, write_tokenizer
 
 
@@ -70,8 +74,8 @@ class Policy:
         return [end] if isinstance(end, int) else end or []
 
     def sources(self) -> Iterator[Source]:
-        for name, shape in expected_shapes(self.decoder.config).items():
-            yield name, shape, lambda name=name: self.decoder.weights(name)
+        """The weights under their names in a checkpoint of the family."""
+        yield from to_stored(self.decoder.config, self.decoder.weights, self.decoder.expert)
 
 
 def checkpoint_weights(directory: Path, config: DecoderConfig) -> Weights:
@@ -82,7 +86,7 @@ def checkpoint_weights(directory: Path, config: DecoderConfig) -> Weights:
     if not is_adapter(directory):
         return tensors_of(directory, config)
     found = ModelDirectory.read(directory).with_head(config.head)
-    check_names(config, expected_shapes(found.config), directory)
+    check_names(config, stored_shapes(found.config), directory)
     return found.merged()
 
 
@@ -93,19 +97,25 @@ def open_checkpoint(
     lora: LoraConfig | None = None,
     seed: int = 0,
     layout: Layout = ONE_PROCESS,
+    add_tokens: Sequence[str] = (),
+    make: Callable[..., Decoder] = Decoder,
 ) -> Policy:
     """A checkpoint's or an adapter's directory; the tokenizer from another directory where one is given.
 
     head: "logits", "score", or None for what the checkpoint has. A language model can be given a score head, of
     zeros; a reward model has lost its logits. lora: new adapters where its rank is over 0, their first values from
-    seed; an adapter's directory brings its own, ready to be trained on. layout: how processes share the model. Raises
-    UserError.
+    seed; an adapter's directory brings its own, ready to be trained on. layout: how processes share the model.
+    add_tokens: special tokens to add. make: instead of Decoder. Raises UserError.
     """
     found = ModelDirectory.read(directory)
     loaded = load_tokenizer(tokenizer or found.tokenizer)
     check_vocabulary(loaded, found.config, directory)
     found = found.with_head(head or found.config.head)
-    config, saved = found.config, found.adapter
+    config, weights, saved = found.config, found.weights, found.adapter
+    if add_tokens:
+        if saved or (lora and lora.rank):
+            raise UserError("model.add_tokens: adapters have no rows for new tokens; remove it or train without LoRA")
+        config, weights = with_tokens(loaded, config, weights, add_tokens)
     if saved:
         if lora and lora != LoraConfig():
             raise UserError(
@@ -117,7 +127,7 @@ def open_checkpoint(
         settings = Lora.of(lora, config) if lora else None
         adapter = random_adapter(settings, config, seed) if settings else None
     layout.check(config, "parallel")
-    decoder = Decoder(config, found.weights, lora=settings, adapter=adapter, layout=layout)
+    decoder = make(config, weights, lora=settings, adapter=adapter, layout=layout)
     return Policy(decoder, loaded, found.generation_config(), base=str(found.base.resolve()))
 
 
@@ -126,14 +136,18 @@ def open_policy(model: ModelConfig, seed: int, head: str = "logits", layout: Lay
 
     layout: how processes share it. Raises UserError.
     """
+    network, compute = network_of(model), Compute(model.compute_dtype, model.recompute, model.logits_at_once)
+    compute.check()
+    network = network._replace(make=compute.applied_to(network.make))
     if model.path:
-        policy = open_checkpoint(model.path, model.tokenizer, head, model.lora, seed, layout)
+        more = (model.add_tokens, network.make)
+        policy = open_checkpoint(model.path, model.tokenizer, head, model.lora, seed, layout, *more)
     elif model.lora.rank:
         raise UserError("model.lora: needs model.path: an adapter names the checkpoint it belongs to; save one first")
-    elif not model.build.decoder:
+    elif not (model.build.decoder or network.config):
         raise UserError("model: set model.path to a checkpoint directory, or model.build to make a new model")
     else:
-        policy = build(model.build, seed, head, layout)
+        policy = build(model.build, seed, head, layout, model.add_tokens, network, model.tokenizer)
     if model.train_layers and policy.decoder.lora:
         raise UserError("model.train_layers: with adapters no layers are trained; remove it and set model.lora.layers")
     check_layers(model.train_layers, policy.decoder.config, "model.train_layers")
@@ -141,20 +155,35 @@ def open_policy(model: ModelConfig, seed: int, head: str = "logits", layout: Lay
     return policy
 
 
-def build(config: BuildConfig, seed: int, head: str = "logits", layout: Layout = ONE_PROCESS) -> Policy:
-    """Random weights and a tokenizer trained on the given files."""
-    if not config.tokenizer_files:
-        raise UserError("model.build.tokenizer_files: name at least one file of text for the tokenizer to learn from")
-    with tempfile.TemporaryDirectory() as directory:
-        build_tokenizer(config.tokenizer_files, config.vocab_size, directory, config.chat_template)
-        tokenizer = load_tokenizer(directory)
-    decoder_config = DecoderConfig.from_yaml(
-        {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, **config.decoder}, config.vocab_size
-    )
+def build(
+    config: BuildConfig,
+    seed: int,
+    head: str = "logits",
+    layout: Layout = ONE_PROCESS,
+    add_tokens: Sequence[str] = (),
+    network: Network = OURS,
+    tokenizer_directory: str = "",
+) -> Policy:
+    """Random weights, and a tokenizer trained on the given files or from a directory, with those special tokens added.
+
+    network: its configuration, where it has one, stands for config.decoder. Raises UserError.
+    """
+    tokenizer = load_tokenizer(tokenizer_directory) if tokenizer_directory else train_tokenizer(config)
+    if network.config and config.decoder:
+        raise UserError("model.build.decoder: model.mindformers describes the model too; remove one of them")
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    if network.config:
+        decoder_config = replace(network.config, **ends)
+        check_vocabulary(tokenizer, decoder_config, "model.mindformers")
+    else:
+        decoder_config = DecoderConfig.from_yaml({**ends, **config.decoder}, config.vocab_size)
     decoder_config = replace(decoder_config, head=head)
     generation_config = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    weights = random_weights(decoder_config, seed)
+    if add_tokens:
+        decoder_config, weights = with_tokens(tokenizer, decoder_config, weights, add_tokens)
     layout.check(decoder_config, "parallel")
-    decoder = Decoder(decoder_config, random_weights(decoder_config, seed), layout=layout)
+    decoder = network.make(decoder_config, weights, layout=layout)
     return Policy(decoder, tokenizer, generation_config)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import nn
 
 from mindrlhf.advantages import loss_weights
-from mindrlhf.config import OnlineConfig, PRMConfig, SFTConfig, SourceConfig, TrainerConfig, TrainingConfig
+from mindrlhf.config import ModelConfig, OnlineConfig, PRMConfig, SFTConfig, SourceConfig, TrainerConfig, TrainingConfig
 from mindrlhf.data.conversations import read_conversations
 from mindrlhf.data.examples import Examples
 from mindrlhf.data.judged_steps import read_judged_steps, step_token_ids
@@ -103,5 +103,6 @@ def stage_on(
     """Supervised training inside an online job, on its policy."""
     data = replace(config.data, train=train, test=[])
     trainer = replace(trainer, rows=config.trainer.rows)
-    sft = SFTConfig(seed=config.seed, data=data, training=training, optimizer=config.optimizer, trainer=trainer)
-    return SFTTrainer(sft, policy)
+    model = ModelConfig(balance=config.model.balance)  # of the rest nothing is read: the policy is there
+    common = dict(seed=config.seed, model=model, data=data, optimizer=config.optimizer, trainer=trainer)
+    return SFTTrainer(SFTConfig(training=training, **common), policy)

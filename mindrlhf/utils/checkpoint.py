@@ -15,8 +15,9 @@ import numpy as np
 
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.conversion import Source
 from mindrlhf.models.fields import read_json
-from mindrlhf.models.hf import Source, flush_path, read_tensors, write_tensors
+from mindrlhf.models.hf import flush_path, read_tensors, write_tensors
 from mindrlhf.utils.parallel import from_main, is_main
 
 STATE_FILE = "trainer_state.json"

@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +99,28 @@ def start(threads: int | None = None, seed: int | None = None) -> str:
 def _threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) else usable_cores()
+
+
+def set_compile_cache(directory: Path, program: Path) -> None:
+    """Where compiled graphs lie; it cannot be changed once a graph has been kept there. program: a Python file that
+    they depend on, with its imports, instead of sys.argv[0], which need not exist."""
+    import mindspore
+    from mindspore.graph import api
+
+    mindspore.set_context(compile_cache_path=str(directory))
+    api.entry_script_path = str(program)
+
+
+@contextlib.contextmanager
+def compile_with_cache() -> Iterator[None]:
+    """Inside, MindSpore loads the graph of its next number or keeps the one it compiles. See utils/compile_cache.py."""
+    import mindspore
+
+    mindspore.set_context(enable_compile_cache=True)
+    try:
+        yield
+    finally:
+        mindspore.set_context(enable_compile_cache=False)
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

@@ -35,12 +35,11 @@ class Resharder:
         shapes: Mapping[str, tuple[int, ...]],
         source: Layout,
         target: Layout,
-        num_experts: int = 0,
         bucket_bytes: int = BUCKET_BYTES,
         dtype: np.dtype | type = np.float32,
     ):
         self.dtype = np.dtype(dtype)
-        self.plan = plan(shapes, source, target, num_experts, bucket_bytes, self.dtype.itemsize)
+        self.plan = plan(shapes, source, target, bucket_bytes, self.dtype.itemsize)
         rank = self.rank = parallel.world().rank
         self._copies = list(self.plan.parts(rank, rank))
         self._exchanges = [

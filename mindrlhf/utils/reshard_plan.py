@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mindrlhf.errors import UserError
-from mindrlhf.layout import Box, Layout, expert_of, split_axis
+from mindrlhf.layout import Box, Layout, is_stacked, split_axis
 
-BUCKET_BYTES = (
-    8 << 20
-)  # of a step, sent and received; on a CPU messages of 4 MB are the fastest, see docs/resharding.md
+# Of a step, sent and received; on a CPU messages of 4 MB are the fastest, see docs/resharding.md.
+BUCKET_BYTES = 8 << 20
 
 Spans = tuple[tuple[int, int], ...]  # a box that can be a key: start and stop of each axis
 Part = tuple[str, Spans]  # of the whole tensor of that name
@@ -31,7 +30,7 @@ class Route(NamedTuple):
 
 
 class Pattern(NamedTuple):
-    """Tensors that are alike in shape, split and expert, so that their pieces take the same routes."""
+    """Tensors that are alike in shape and split, so that their pieces take the same routes."""
 
     names: list[str]
     routes: list[Route]
@@ -48,7 +47,6 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     source: Layout
     target: Layout
-    num_experts: int
     bucket_bytes: int
     item_bytes: int
     patterns: list[Pattern]
@@ -69,7 +67,7 @@ class Plan:
     def held(self, layout: Layout, rank: int, name: str) -> Spans | None:
         """What the rank holds of the tensor in that layout; None: nothing."""
         place = layout.place(rank)
-        return None if place is None else held_spans(layout, name, self.shapes[name], place.tensor, self.num_experts)
+        return None if place is None else held_spans(layout, name, self.shapes[name], place.tensor)
 
     def parts(self, source: int, target: int) -> Iterator[Part]:
         """What goes from the one rank to the other, in an order that both agree on; the same rank: its copies."""
@@ -109,20 +107,19 @@ def plan(
     shapes: Mapping[str, tuple[int, ...]],
     source: Layout,
     target: Layout,
-    num_experts: int = 0,
     bucket_bytes: int = BUCKET_BYTES,
     item_bytes: int = 4,
 ) -> Plan:
-    """shapes: Hugging Face's name -> shape of the whole tensor. Raises UserError where a tensor cannot be split so."""
+    """shapes: the decoder's name -> shape of the whole tensor. Raises UserError where a tensor cannot be split so."""
     alike: dict[tuple, list[str]] = {}
     for name, shape in shapes.items():
-        alike.setdefault((tuple(shape), split_axis(name), expert_of(name)), []).append(name)
-    made = Plan(shapes, source, target, num_experts, bucket_bytes, item_bytes, [])
+        alike.setdefault((tuple(shape), split_axis(name), is_stacked(name)), []).append(name)
+    made = Plan(shapes, source, target, bucket_bytes, item_bytes, [])
     for totals in (made.sent, made.received, made.copied):
         totals.extend([0] * made.size)
     for names in alike.values():
-        holders = _holders(source, names[0], shapes[names[0]], num_experts)
-        needing = _holders(target, names[0], shapes[names[0]], num_experts)
+        holders = _holders(source, names[0], shapes[names[0]])
+        needing = _holders(target, names[0], shapes[names[0]])
         routes = []
         for ours, having in holders.items():
             for theirs, ranks in needing.items():
@@ -133,18 +130,14 @@ def plan(
     return made
 
 
-def _holders(layout: Layout, name: str, shape: tuple[int, ...], num_experts: int) -> dict[Spans, list[int]]:
+def _holders(layout: Layout, name: str, shape: tuple[int, ...]) -> dict[Spans, list[int]]:
     """The slices of a tensor that there are in a layout -> the ranks that hold them, rising."""
-    if expert_of(name) is not None and (not num_experts or num_experts % layout.expert):
-        raise UserError(f"expert: {layout.expert} parts do not divide {num_experts} experts, for {name}")
-    spans = [held_spans(layout, name, shape, number, num_experts) for number in range(layout.tensor)]
+    spans = [held_spans(layout, name, shape, number) for number in range(layout.tensor)]
     holders: dict[Spans, list[int]] = {}
     for rank in range(layout.size):
-        held = spans[layout.place(rank).tensor]
-        if held is not None:
-            holders.setdefault(held, []).append(rank)
+        holders.setdefault(spans[layout.place(rank).tensor], []).append(rank)
     if sum(map(volume, holders)) != math.prod(shape):
-        raise UserError(f"tensor: {layout.tensor} does not divide {name} of shape {list(shape)}; choose another layout")
+        raise UserError(f"{layout.describe()}: does not divide {name} of shape {list(shape)}; choose another layout")
     return holders
 
 
@@ -183,10 +176,9 @@ def _turn(one: int, other: int, size: int) -> int:
 # -- boxes ------------------------------------------------------------------------------------------------------------
 
 
-def held_spans(layout: Layout, name: str, shape: tuple[int, ...], tensor: int, num_experts: int) -> Spans | None:
+def held_spans(layout: Layout, name: str, shape: tuple[int, ...], tensor: int) -> Spans:
     """Layout.box as spans."""
-    box = layout.box(name, shape, tensor, num_experts)
-    return None if box is None else tuple((part.start, part.stop) for part in box)
+    return tuple((part.start, part.stop) for part in layout.box(name, shape, tensor))
 
 
 def meet(one: Spans, other: Spans) -> Spans | None:

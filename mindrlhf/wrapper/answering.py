@@ -133,12 +133,12 @@ class Call:
 
     def _insert(self, slots: list[int], tasks: list[_Task]) -> None:
         generator, width = self.generator, self.width
-        kv_heads = self.cell.kv_heads
+        heads = generator.decoder.cache_heads
         # A graph of fixed shape: the last insertion repeated, which writes the same again.
         padding = generator.insert_rows - len(slots)
         target = np.array(slots + slots[-1:] * padding, np.int32)
         source = np.array([task.row for task in tasks] + [tasks[-1].row] * padding, np.int32)
-        first = (target[:, None] * kv_heads + np.arange(kv_heads, dtype=np.int32)) * generator.length
+        first = (target[:, None] * heads + np.arange(heads, dtype=np.int32)) * generator.length
         rows = (first[:, :, None] + np.arange(width, dtype=np.int32)).reshape(-1)
         generator._insert(Tensor(source), Tensor(rows), *self.cached)
         for slot, task in zip(slots, tasks, strict=True):

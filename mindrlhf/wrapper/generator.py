@@ -16,8 +16,8 @@ from mindrlhf.config import SamplingConfig
 from mindrlhf.errors import UserError
 from mindrlhf.layout import ONE_PROCESS, Layout
 from mindrlhf.models import kernels
-from mindrlhf.models.decoder import Decoder, Weights
-from mindrlhf.models.hf import expected_shapes
+from mindrlhf.models.decoder import Decoder
+from mindrlhf.models.shapes import Weights, expected_shapes
 from mindrlhf.types import Prompt, Rollout
 from mindrlhf.utils.memory import give_back
 from mindrlhf.utils.parallel import gather_objects, world
@@ -60,10 +60,11 @@ class _Decode(Graph):
     def __init__(self, decoder: Decoder, caches, slots: int, length: int, features: tuple[str, ...]):
         super().__init__(auto_prefix=False)
         self.decoder = decoder
-        self.key_caches = ms.ParameterTuple(caches[0::2])
-        self.value_caches = ms.ParameterTuple(caches[1::2])
-        self.kv_heads = decoder.config.num_kv_heads // decoder.layout.tensor
-        self.first_row = Tensor(np.arange(slots * self.kv_heads, dtype=np.int32)[None] * length).reshape(slots, -1)
+        kinds = len(decoder.cache_widths)
+        self.key_caches = ms.ParameterTuple(caches[::kinds])
+        self.value_caches = ms.ParameterTuple(caches[kinds - 1 :: kinds])  # the same where there is one kind
+        first_rows = np.arange(slots * decoder.cache_heads, dtype=np.int32) * length
+        self.first_row = Tensor(first_rows.reshape(slots, -1))
         self.range = Tensor(np.arange(length, dtype=np.int32)[None])
         self.features = features
         # MindSpore's name for a cell whose inputs never change in shape: after its first call it skips the checks of
@@ -118,7 +119,7 @@ class Generator:
         self.layout, self.check_sync = layout, check_sync
         self.place = layout.place(world().rank)
         shapes = expected_shapes(config)
-        self._resharder = Resharder(shapes, policy.layout, layout, config.num_experts)
+        self._resharder = Resharder(shapes, policy.layout, layout)
         self.decoder: Decoder | None = None  # of a rank that has a part in the layout
         self._caches: list[Parameter] = []
         if self.place is not None:
@@ -135,12 +136,11 @@ class Generator:
         self.sync()
 
     def _empty_caches(self) -> list[Parameter]:
-        config = self.policy.config
-        shape = (self.slots * (config.num_kv_heads // self.layout.tensor) * self.length, config.head_dim)
+        rows = self.slots * self.decoder.cache_heads * self.length
         return [
-            Parameter(Tensor(np.zeros(shape, np.float32)), name=f"cache.{layer}.{kind}", requires_grad=False)
-            for layer in range(config.num_layers)
-            for kind in ("key", "value")
+            Parameter(Tensor(np.zeros((rows, width), np.float32)), name=f"cache.{layer}.{kind}", requires_grad=False)
+            for layer in range(self.policy.config.num_layers)
+            for kind, width in self.decoder.cache_widths.items()
         ]
 
     @property

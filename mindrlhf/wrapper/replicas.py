@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from mindrlhf.layout import expert_of, split_axis
+from mindrlhf.layout import sees_a_part, split_axis
 from mindrlhf.models.collectives import Group
 from mindrlhf.models.shard import Shard
 from mindrlhf.utils.parallel import gather_objects, world
@@ -127,8 +127,8 @@ class Replicas:
         return slice(self.data.index * share, (self.data.index + 1) * share)
 
     def _make_sums(self, gradients: Sequence[Parameter]) -> list[_SumGradients]:
-        """Adapters that every tensor rank has whole see a part of the activations: summed over the tensor ranks too."""
-        whole = [".lora_" in name and split_axis(name) is None for name in self.names]
+        """What every tensor rank has whole but sees a part of the activations with: over the tensor ranks too."""
+        whole = [sees_a_part(name) for name in self.names]
         cells = []
         for axes, members in (
             (("data", "sequence"), [i for i, found in enumerate(whole) if not found]),
@@ -171,7 +171,7 @@ class Replicas:
         """Of this rank's `reduced` gradients, [parameters] -> of whole gradients by name, the same on every rank."""
         own = {}
         for name, rows, value in zip(self.names, self.rows, squared.tolist(), strict=True):
-            is_part = (split_axis(name) is not None or expert_of(name) is not None) and self._is_first_sequence
+            is_part = split_axis(name) is not None and self._is_first_sequence
             if (self.is_first or is_part) and (rows is not None or self.data.index == 0):
                 own[name] = value
         total: dict[str, float] = {}
@@ -188,11 +188,9 @@ class Replicas:
 
     def whole(self, name: str, moments: dict[str, Parameter]) -> np.ndarray:
         """The moment of that parameter as one process would have it; every rank has to call it."""
-        part = None
-        if name in moments:
-            part = moments[name].asnumpy()
-            if self.rows[self.names.index(name)] is not None:
-                part = np.concatenate(gather_objects(part, self.data.ranks))
+        part = moments[name].asnumpy()
+        if self.rows[self.names.index(name)] is not None:
+            part = np.concatenate(gather_objects(part, self.data.ranks))
         return self.shard.whole(name, part)
 
     def part(self, name: str, whole: np.ndarray) -> np.ndarray:

@@ -25,7 +25,11 @@ def target_logprobs(decoder, tokens, positions, segments, index, labels, tempera
 
 
 def hidden_logprobs(decoder, hidden, labels, temperature, entropy_gradient: bool):
-    """The same from the hidden states [N, H] of the target positions."""
+    """The same from the hidden states [N, H] of the target positions; in chunks where N is large."""
+    if decoder.is_chunked(hidden.shape[0]):
+        own = decoder.copy(hidden), decoder.own_head()
+        logprobs, entropy, _ = decoder.chunked(*own, labels, Tensor(temperature, ms.float32))
+        return logprobs, entropy if entropy_gradient else ops.stop_gradient(entropy)
     logits = decoder.own_logits(hidden)
     if decoder.is_split:
         logprobs, entropy, _ = decoder.vocabulary(logits, labels, Tensor(temperature, ms.float32))

@@ -6,13 +6,16 @@ from typing import NamedTuple
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops import constexpr
 
 from mindrlhf.config import OptimizerConfig
 from mindrlhf.layout import ONE_PROCESS
 from mindrlhf.models import cpu_kernels
 from mindrlhf.models.shard import Shard
 from mindrlhf.utils.memory import give_back
+from mindrlhf.wrapper.balance import Balancer
 from mindrlhf.wrapper.graph import Graph
+from mindrlhf.wrapper.loss_scale import LossScale, Scaled
 from mindrlhf.wrapper.replicas import Replicas
 from mindrlhf.wrapper.sampling import mix
 
@@ -25,28 +28,29 @@ class StepResult(NamedTuple):
     metrics: dict[str, float]  # the objective's sums; names that end in _max are maxima
     gradient_norm: float  # global, before the clip
     skipped: str  # empty, or the first tensor whose loss or gradient is not finite
+    routing: dict[str, float] = {}  # what the experts did, see Balancer, and with float16 the loss scale
 
 
-class _Share(nn.Cell):
-    """An objective of which each sequence rank takes its share; together they have the loss once."""
-
-    def __init__(self, objective: nn.Cell, ranks: int):
-        super().__init__(auto_prefix=False)
-        self.objective, self.share = objective, 1.0 / ranks
-
-    def construct(self, *batch):
-        loss, metrics = self.objective(*batch)
-        return loss * self.share, metrics
+@constexpr
+def spelled(names):
+    """Names as the bytes of a tensor, with spaces between them: a graph with strings in its outputs cannot be kept."""
+    return Tensor(np.frombuffer(" ".join(names).encode() or b" ", np.uint8).copy())
 
 
 class _Accumulate(Graph):
-    """Gradients of one micro-batch, added to the buffers. sequence_ranks: that share the objective."""
+    """Gradients of one micro-batch, added to the buffers, times the loss scale where there is one.
 
-    def __init__(self, objective: nn.Cell, parameters, buffers, sequence_ranks: int):
+    sequence_ranks: each takes its share of the objective, and together they have the loss once.
+    """
+
+    def __init__(self, objective: nn.Cell, parameters, buffers, sequence_ranks: int, loss_scale: LossScale | None):
         super().__init__(auto_prefix=False)
         self.buffers, self.sequence_ranks = buffers, sequence_ranks
-        shared = objective if sequence_ranks == 1 else _Share(objective, sequence_ranks)
-        self.gradient = ms.value_and_grad(shared, None, parameters, has_aux=True)
+        self.scale = loss_scale.parameter if loss_scale else None
+        scaled = objective if sequence_ranks == 1 else Scaled(objective, 1.0 / sequence_ranks)
+        scaled = scaled if self.scale is None else Scaled(scaled, self.scale)
+        self.objective = scaled  # so that its parameters are this cell's
+        self.gradient = ms.value_and_grad(scaled, None, parameters, has_aux=True)
 
     def construct(self, *batch):
         (loss, metrics), gradients = self.gradient(*batch)
@@ -54,7 +58,9 @@ class _Accumulate(Graph):
             loss = ops.depend(loss, ops.assign_add(self.buffers[i], gradients[i]))
         if self.sequence_ranks > 1:
             loss = loss * self.sequence_ranks
-        return loss, tuple(metrics.keys()), tuple(metrics.values())
+        if self.scale is not None:
+            loss = loss / self.scale
+        return loss, spelled(tuple(metrics.keys())), tuple(metrics.values())
 
 
 class _Evaluate(Graph):
@@ -66,7 +72,7 @@ class _Evaluate(Graph):
 
     def construct(self, *batch):
         loss, metrics = self.objective(*batch)
-        return loss, tuple(metrics.keys()), tuple(metrics.values())
+        return loss, spelled(tuple(metrics.keys())), tuple(metrics.values())
 
 
 class _SquaredNorms(Graph):
@@ -127,12 +133,16 @@ class TrainStep:
         seed: int = 0,
         auxiliary: nn.Cell | None = None,
         shard: Shard | None = None,
+        balancer: Balancer | None = None,
+        loss_scale: LossScale | None = None,
     ):
         """set_dropout: called before each micro-batch, with a hash of seed, step and its number, and with 0, which is
         off, behind the last. auxiliary: another objective of the same parameters, added to the first one's loss.
-        shard: of the decoder that is trained, where processes share it; every rank is given every micro-batch."""
+        shard: of the decoder that is trained, where processes share it; every rank is given every micro-batch.
+        balancer: of its experts. loss_scale: for gradients in float16."""
         self.optimizer = optimizer
         self.set_dropout, self.seed = set_dropout, seed
+        self.balancer, self.loss_scale = balancer, loss_scale
         self.parameters = ms.ParameterTuple(parameters)
         self.names = [parameter.name for parameter in parameters]
         self._buffers = self.parameters.clone(prefix="gradient", init="zeros")
@@ -141,8 +151,9 @@ class TrainStep:
         self._first = updated.clone(prefix="first_moment", init="zeros")
         self._second = updated.clone(prefix="second_moment", init="zeros")
         ranks = self.replicas.layout.sequence
-        self._accumulate = _Accumulate(objective, self.parameters, self._buffers, ranks)
-        self._auxiliary = _Accumulate(auxiliary, self.parameters, self._buffers, ranks) if auxiliary else None
+        what = self.parameters, self._buffers, ranks, loss_scale
+        self._accumulate = _Accumulate(objective, *what)
+        self._auxiliary = _Accumulate(auxiliary, *what) if auxiliary else None
         self._evaluate = _Evaluate(objective)
         self._squared_norms = _SquaredNorms(reduced)
         decayed = [len(parameter.shape) > 1 for parameter in parameters]
@@ -156,23 +167,35 @@ class TrainStep:
     ) -> StepResult:
         """One optimizer step over the micro-batches, and over those of the auxiliary objective, whose loss and metrics
         are named auxiliary/..."""
+        loss_scale = self.loss_scale.value if self.loss_scale else 1.0
+        if self.balancer:
+            self.balancer.start((*batches, *auxiliary), loss_scale)
         loss, metrics = self._run(self._accumulate, batches)
         if auxiliary:
             more, sums = self._run(self._auxiliary, auxiliary)
             loss += more
             metrics |= {f"auxiliary/{name}": value for name, value in (("loss", more), *sums.items())}
+        routing = self.balancer.finish(self.replicas.data.ranks) if self.balancer else {}
+        routing |= {"loss_scale": loss_scale} if self.loss_scale else {}
         self.replicas.sum_gradients()
         squared = self.replicas.squared_norms(self._squared_norms().asnumpy().astype(np.float64))
-        norm = float(np.sqrt(sum(squared.values())))
+        norm = float(np.sqrt(sum(squared.values()))) / loss_scale
         if not (np.isfinite(norm) and np.isfinite(loss)):
-            self.skipped += 1
             for buffer in {id(one): one for one in (*self._buffers, *self.replicas.reduced)}.values():
                 buffer.set_data(Tensor(np.zeros(buffer.shape, np.float32)))
+            if self.loss_scale and np.isfinite(loss) and self.loss_scale.halve():
+                return StepResult(loss, metrics, norm, "", routing)  # which is how the largest scale is found
+            self.skipped += 1
             bad = [name for name, value in squared.items() if not np.isfinite(value)]
-            return StepResult(loss, metrics, norm, bad[0] if bad else "loss")
+            return StepResult(loss, metrics, norm, bad[0] if bad else "loss", routing)
         limit = self.optimizer.max_grad_norm
-        self._apply(learning_rate, min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0)
-        return StepResult(loss, metrics, norm, "")
+        clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+        self._apply(learning_rate, clip / loss_scale)
+        if self.loss_scale:
+            self.loss_scale.count()
+        if self.balancer:
+            self.balancer.update()
+        return StepResult(loss, metrics, norm, "", routing)
 
     def evaluate(self, batches: Sequence[NamedTuple]) -> tuple[float, dict[str, float]]:
         """Loss and metric sums over the micro-batches, without dropout and without training."""
@@ -185,7 +208,7 @@ class TrainStep:
                 self.set_dropout(1 + int(mix(self.seed, self.updates, number)) % (2**31 - 2))
             micro_loss, names, sums = cell(*(Tensor(array) for array in batch))
             loss += float(micro_loss.asnumpy())
-            for name, value in zip(names, sums, strict=True):
+            for name, value in zip(names.asnumpy().tobytes().decode().split(), sums, strict=True):
                 value = float(value.asnumpy())
                 known = metrics.get(name, value if name.endswith("_max") else 0.0)
                 metrics[name] = max(known, value) if name.endswith("_max") else known + value
@@ -220,6 +243,11 @@ class TrainStep:
         """Adam's first and second moments, of what this rank updates."""
         return (*self._first, *self._second)
 
+    @property
+    def biases(self) -> list[Parameter]:
+        """What a step changes beside the parameters: the biases of the experts' routers."""
+        return self.balancer.biases if self.balancer else []
+
     def release(self) -> None:
         """Give back the gradient buffers' memory until the next step: they are zero, as dropped pages read."""
         give_back(self.gradients)
@@ -228,12 +256,16 @@ class TrainStep:
         """Adam's moments, by parameter name, for a checkpoint: whole, and every rank has to go through all of them."""
         for kind, moments in (("first_moment", self._first), ("second_moment", self._second)):
             by_name = dict(zip(self.names, moments, strict=True))
-            for name in self.replicas.shard.every_name(self.names):
+            for name in self.names:
                 yield f"{kind}.{name}", self.replicas.whole(name, by_name)
+        if self.loss_scale:
+            yield "loss_scale", self.loss_scale.state()
 
     def load_state(self, read, updates: int, skipped: int = 0) -> None:
         """read: name -> array, the inverse of `state`."""
         self.updates, self.skipped = updates, skipped
+        if self.loss_scale:
+            self.loss_scale.load_state(read("loss_scale"))
         for kind, moments in (("first_moment", self._first), ("second_moment", self._second)):
             for name, moment in zip(self.names, moments, strict=True):
                 part = self.replicas.part(name, read(f"{kind}.{name}"))

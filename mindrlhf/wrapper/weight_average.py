@@ -49,9 +49,8 @@ class WeightAverage:
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         """The averages by parameter name, whole; every rank has to go through all of them."""
-        own = dict(zip(self.names, self.averages, strict=True))
-        for name in self.shard.every_name(self.names):
-            yield name, self.shard.whole(name, own[name].asnumpy() if name in own else None)
+        for name, average in zip(self.names, self.averages, strict=True):
+            yield name, self.shard.whole(name, average.asnumpy())
 
     def load_state(self, read) -> None:
         """read: name -> array, the inverse of `state`."""

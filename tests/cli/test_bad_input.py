@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from mindrlhf.cli.main import main
 from mindrlhf.config import GRPOConfig, config_to_yaml
+from mindrlhf.models.families import FAMILIES
 from tests.checkpoints import write_checkpoint, write_problems
 
 
@@ -68,7 +70,11 @@ def cut(tensors, name):
     tensors[name] = tensors[name][:-1].copy()
 
 
-NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+def add(tensors, name):
+    tensors[name] = np.zeros(8, np.float32)
+
+
+NORM, UP, EXTRA = "model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_norm.weight"
 
 
 @pytest.mark.parametrize(
@@ -76,8 +82,9 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
     [
         (drop, NORM, "model.norm.weight [32] is missing"),
         (cut, UP, "model.layers.0.mlp.up_proj.weight has shape [47, 32], config.json makes it [48, 32]"),
+        (add, EXTRA, f"{EXTRA} [8] is unexpected: qwen2 models have no such tensor"),
     ],
-    ids=["missing", "misshapen"],
+    ids=["missing", "misshapen", "unexpected"],
 )
 def test_a_wrong_tensor(job, change, name, message):
     tensors = load_file(job.weights)
@@ -85,6 +92,24 @@ def test_a_wrong_tensor(job, change, name, message):
     save_file(tensors, job.weights)
     line = job()
     assert f"{job.weights.parent}: {message}" in line and not job.written
+
+
+def test_an_unknown_architecture(job):
+    path = job.weights.with_name("config.json")
+    path.write_text(path.read_text().replace('"qwen2"', '"mamba"'))
+    assert f"{path}: model_type 'mamba' is not supported; known: {', '.join(FAMILIES)}" in job() and not job.written
+
+
+def test_a_vocabulary_of_another_model(job):
+    """The embedding has fewer rows than the tokenizer has tokens."""
+    tensors = load_file(job.weights)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:256].copy()
+    save_file(tensors, job.weights)
+    path = job.weights.with_name("config.json")
+    path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 256'))
+    line = job()
+    assert f"{path.parent}: the tokenizer has token " in line and "but the model's vocab_size is 256" in line
+    assert not job.written
 
 
 def test_a_file_cut_short(job):

@@ -89,7 +89,7 @@ def test_quantities(text, value):
         (["--config", "nowhere.yaml", *DEVICES], "nowhere.yaml: no such config file"),
         (["--config", GRPO, *DEVICES, "--model", "nowhere"], "nowhere: no such file"),
         (["--config", str(ROOT / "examples/sft/sft.yaml"), *DEVICES], "is an offline job's; the planner takes"),
-        (["--config", GRPO, *DEVICES, "model.build.decoder={model_type: mamba}"], 'model_type "mamba" is not known'),
+        (["--config", GRPO, *DEVICES, "model.build.decoder={model_type: mamba}"], "model_type 'mamba' is not"),
         (["--config", GRPO, *DEVICES, "model.build.decoder={}"], "model.path: empty, and so is model.build.decoder"),
         (["--config", QWEN, *DEVICES, "--keep-layouts", "parallel.tensor=3"], "8 processes do not divide by tensor 3"),
         (["--config", QWEN, *DEVICES, "--keep-layouts", "parallel.tensor=8"], "parallel.tensor: the model's num_"),

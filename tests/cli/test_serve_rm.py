@@ -204,9 +204,9 @@ def test_a_killed_server_costs_retries(server, oracle):
 
 
 def test_full_normalised_and_with_a_token(mindspore, tmp_path, monkeypatch, oracle):
-    """On every address of this machine. A queue of two: the third text waits at its client."""
+    """On every address of this machine. A queue of two: further texts wait at their clients."""
     directory = write_reward_model(tmp_path / "normalised", mindspore, score_mean=0.5, score_std=2.0)
-    options = ("--host", "0.0.0.0", "--normalize-reward", "--queue", "2", "--max-wait-ms", "300")
+    options = ("--host", "0.0.0.0", "--normalize-reward", "--queue", "2", "--max-wait-ms", "1000")
     with RewardServer(directory, *options, token="secret") as server:
         assert server.health()["status"] == "ok"
         local = f"http://127.0.0.1:{server.port}"
@@ -222,9 +222,9 @@ def test_full_normalised_and_with_a_token(mindspore, tmp_path, monkeypatch, orac
         monkeypatch.setenv("MINDRLHF_REWARD_TOKEN", "secret")
         expected = (oracle(PROMPTS[:2], ANSWERS[:2]) - 0.5) / 2.0
         queries = [p + a for p, a in zip(PROMPTS[:2], ANSWERS[:2], strict=True)]
-        with ThreadPoolExecutor(3) as pool:
+        with ThreadPoolExecutor(2) as pool:
             reward = RemoteReward([local], retries=20, first_pause=0.01)
-            answers = [pool.submit(reward, queries, PROMPTS[:2], [None] * 2) for _ in range(3)]
+            answers = [pool.submit(reward, queries, PROMPTS[:2], [None] * 2) for _ in range(2)]
             wait_until(lambda: server.health()["queued"] == 2)
             status, answer, headers = post(server, {"query": ["1="]}, Authorization="Bearer secret")
             assert status == 503 and headers["Retry-After"] == "1"

@@ -98,7 +98,7 @@ def test_what_cannot_be_trained(tmp_path, monkeypatch, files, size, expected):
 
 
 def test_directories_without_a_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer here; expected tokenizer.json .* and tokenizer_config.json"):
+    with pytest.raises(UserError, match="no tokenizer here; expected tokenizer.json, vocab.json and"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=f"{tmp_path}: transformers cannot read the tokenizer"):
@@ -185,3 +185,24 @@ def test_a_stream_keeps_the_spaces_of_sentencepiece():
     pieces = ["", "Hello", " world", "ly", " ", " world", "", "", "", "\U0001f600", "ly", ""]
     assert streamed(tokenizer, ids) == pieces
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "padding", "unknown"),
+    [
+        ({}, 257, 257),
+        ({"pad_token": "<|im_end|>", "unk_token": "<|im_end|>"}, 259, 259),
+        ({"pad_token": "<|pad|>", "unk_token": None}, 260, None),
+    ],
+)
+def test_qwen2_tokenizer_keeps_its_control_tokens(tokenizer_directory, options, padding, unknown):
+    """Whichever of them pads or stands for the unknown, each has its own id; a new token comes behind them."""
+    from mindrlhf import Qwen2Tokenizer
+
+    files = tokenizer_directory / "vocab.json", tokenizer_directory / "merges.txt"
+    tokenizer = Qwen2Tokenizer(*files, add_bos_token=False, add_eos_token=False, padding_side="left", **options)
+    assert encoded(tokenizer, "<|endoftext|><|im_start|>ab<|im_end|>") == [257, 258, 256, 259]
+    assert (tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("no token")) == (padding, unknown)
+    padded = tokenizer(["ab", "ab12"], padding=True)
+    assert padded["input_ids"] == [[padding, padding, 256], [256, 16, 17]]
+    assert padded["attention_mask"] == [[0, 0, 1], [1, 1, 1]]

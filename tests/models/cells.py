@@ -2,16 +2,8 @@
 
 from mindspore import nn, ops
 
-from mindrlhf.wrapper.scorer import target_logprobs
-
-
-class Hidden(nn.Cell):
-    def __init__(self, decoder):
-        super().__init__(auto_prefix=False)
-        self.decoder = decoder
-
-    def construct(self, tokens, positions, segments):
-        return self.decoder(tokens, positions, segments)
+from mindrlhf.wrapper.policy_objectives import ValueHead
+from mindrlhf.wrapper.scorer import hidden_logprobs, target_logprobs
 
 
 class Logits(nn.Cell):
@@ -54,9 +46,22 @@ class Scores(nn.Cell):
         return self.decoder.scores(ops.gather(self.decoder(tokens, positions, segments), index, 0))
 
 
-class PairLoss(Scores):
-    """-log sigmoid of the first score minus the second."""
+class Everything(NextTokenLoss):
+    """The mean cross-entropy at the given positions, and of all: hidden states, logits and a critic's values."""
+
+    def __init__(self, decoder):
+        super().__init__(decoder)
+        self.value_head = ValueHead(decoder.config.hidden_size)
+
+    def construct(self, tokens, positions, segments, index, labels):
+        hidden = self.decoder(tokens, positions, segments)
+        logprobs, _ = hidden_logprobs(self.decoder, ops.gather(hidden, index, 0), labels, 1.0, False)
+        return ops.neg(logprobs.mean()), hidden, self.decoder.logits(hidden), self.value_head(hidden)
+
+
+class PairLossAndScores(Scores):
+    """-log sigmoid of the first score minus the second, and the scores."""
 
     def construct(self, tokens, positions, segments, index):
         scores = self.decoder.scores(ops.gather(self.decoder(tokens, positions, segments), index, 0))
-        return -ops.logsigmoid(scores[0] - scores[1])
+        return -ops.logsigmoid(scores[0] - scores[1]), scores

@@ -134,3 +134,14 @@ class TargetLogprobs(_Either):
             logprobs, entropy, _ = PRIMITIVES.target_logprobs(logits, labels, Tensor(self.temperature, ms.float32))
             return logprobs, entropy
         return logprobs_and_entropy(logits, labels, self.temperature, entropy_gradient=True)
+
+
+class Apply(nn.Cell):
+    """function(*inputs, *constants)."""
+
+    def __init__(self, function, *constants):
+        super().__init__()
+        self.function, self.constants = function, constants
+
+    def construct(self, *inputs):
+        return self.function(*inputs, *self.constants)

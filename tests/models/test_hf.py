@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
-from mindrlhf.models.hf import check_names, expected_shapes, read_generation_config, read_tensors, write_tensors
+from mindrlhf.models.hf import check_names, read_generation_config, read_tensors, write_tensors
+from mindrlhf.models.shapes import expected_shapes
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODELS = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz") if path.with_name("config.json").exists())

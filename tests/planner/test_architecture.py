@@ -3,14 +3,13 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mindrlhf.errors import UserError
 from mindrlhf.layout import Layout
-from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.shapes import expected_shapes
 from mindrlhf.planner.architecture import architecture_of, read_architecture
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -35,20 +34,11 @@ def test_published_counts(name, parameters, active):
         assert model.active_parameters == pytest.approx(active, rel=0.005)
 
 
-@pytest.mark.parametrize("name", ["llama_attention_bias", "llama_llama3_rope", "mixtral", "qwen2_tied", "qwen2_score"])
-def test_counts_are_the_decoders(name):
-    assert read_architecture(FIXTURES / name).num_parameters == DecoderConfig.read(FIXTURES / name).num_parameters
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_families_of_the_decoder(kind, tied):
-    values = {"model_type": kind, "tie_word_embeddings": tied, "head_dim": 12, **SMALL}
-    ours, theirs = architecture_of(values, "here"), DecoderConfig.from_hf(values)
-    assert ours.num_parameters == theirs.num_parameters
-    assert ours.scoring().num_parameters == DecoderConfig.from_hf(
-        {**values, "architectures": ["Qwen2ForSequenceClassification"], "num_labels": 1}
-    ).num_parameters  # fmt: skip
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_score", "mixtral", "glm4", "deepseek_v3", "gpt2"])
+def test_kinds_of_tensors_are_all_tensors(name):
+    model = read_architecture(FIXTURES / name)
+    assert sum(weight.numbers for weight in model.weights) == model.num_parameters
+    assert len(model.weights) < len(expected_shapes(model))
 
 
 def test_mixture_of_experts_by_hand():
@@ -59,8 +49,6 @@ def test_mixture_of_experts_by_hand():
     layer = attention + 2 * 32 + 4 * 32 + 4 * 3 * 32 * 40
     assert model.num_parameters == 2 * 48 * 32 + 3 * layer + 32
     assert model.active_parameters == 48 * 32 + 3 * (attention + 4 * 32 + 2 * 3 * 32 * 40)
-    assert model.computed_parameters == 48 * 32 + 3 * (attention + 4 * 32 + 4 * 3 * 32 * 40)
-    assert replace(model, skips_experts=True).computed_parameters == model.active_parameters
 
 
 def test_latent_attention_caches_one_vector_a_token():
@@ -72,9 +60,9 @@ def test_latent_attention_caches_one_vector_a_token():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, '/here: model_type "mamba" is not known to the planner; it knows llama, qwen2'),
-        ({"model_type": None}, "/here: model_type null is not known"),
-        ({"num_hidden_layers": 0}, "/here: num_hidden_layers is 0; it must be 1 or more"),
+        ({"model_type": "mamba"}, "/here: model_type 'mamba' is not supported; known: llama, qwen2"),
+        ({"model_type": None}, "/here: model_type None is not supported"),
+        ({"num_hidden_layers": 0}, "/here: num_hidden_layers is 0; it must be at least 1"),
         ({"hidden_size": "wide"}, "/here: hidden_size is 'wide'; it must be a whole number"),
     ],
 )
@@ -88,7 +76,7 @@ def test_layouts_that_do_not_divide_an_expert():
     values = json.loads((FIXTURES / "configs" / "deepseek_v3" / "config.json").read_text(encoding="utf-8"))
     model = architecture_of({**values, "moe_intermediate_size": 2044}, "here")
     with pytest.raises(UserError, match="moe_intermediate_size, 2044, does not divide by 8"):
-        model.check(Layout(1, 8), "parallel")
+        Layout(1, 8).check(model, "parallel")
 
 
 def test_the_planner_does_without_mindspore():

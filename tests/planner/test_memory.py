@@ -150,14 +150,11 @@ def test_sync_agrees_with_the_boxes_of_every_tensor(pair):
     moved = []
     for rank in range(generation.size):
         missing = 0
-        for weight in model.weights:
-            for copy in range(4 if weight.is_routed else 1):
-                name = weight.name.replace("experts.0", f"experts.{copy}")
-                new = generation.box(name, weight.shape, generation.place(rank).tensor, 4)
-                place = training.place(rank)
-                old = training.box(name, weight.shape, place.tensor, 4) if place else None
-                copies = weight.copies // (4 if weight.is_routed else 1)
-                missing += copies * (_size(new) - _size(_common(new, old)))
+        for name, shape, copies in model.weights:
+            new = generation.box(name, shape, generation.place(rank).tensor)
+            place = training.place(rank)
+            old = training.box(name, shape, place.tensor) if place else None
+            missing += copies * (_size(new) - _size(_common(new, old)))
         moved.append(4 * missing)
     assert weight_sync(model, training, generation, 4) == pytest.approx((sum(moved), max(moved)))
 

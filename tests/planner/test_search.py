@@ -36,8 +36,8 @@ def test_large_models_fit_on_512_devices(name, swap):
     plan = search(large(name, swap=swap), LARGE)
     assert plan.overrun <= 0
     assert plan.arrangement.training.size == plan.arrangement.generation.size == 512
-    plan.job.policy.check(plan.arrangement.training, "training")
-    plan.job.policy.check(plan.arrangement.generation, "generation")
+    plan.arrangement.training.check(plan.job.policy, "training")
+    plan.arrangement.generation.check(plan.job.policy, "generation")
     assert max(map(len, as_text(plan).splitlines())) <= 100
     assert verdict(plan).startswith("fits: train policy needs most")
 
@@ -58,8 +58,8 @@ def test_what_does_not_fit_says_what_would_help():
     plan = search(large("deepseek_v3"), LARGE)
     line = verdict(plan)
     assert plan.overrun > 0 and "\n" not in line
-    assert line.startswith("does not fit: train policy needs 75.4 GB on each device, 11.4 GB too much; ")
-    assert "memory.swap=true fits" in line and "2048 devices fit with data 16, tensor 128" in line
+    assert line.startswith("does not fit: train policy needs 72.4 GB on each device, 8.4 GB too much; ")
+    assert "memory.swap=true fits" in line and "1024 devices fit with data 8, tensor 128" in line
     hopeless = verdict(search(large("deepseek_v3"), Devices(8, 10**9)))
     assert "neither memory.swap nor 64 devices would do" in hopeless
 

@@ -138,7 +138,7 @@ def test_what_an_error_calls_a_part_by():
 
 def test_concurrent_parts_run_beside_the_others():
     """Each of the two waits until the other one runs, too."""
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=60)
 
     class Remote:
         concurrent = True

@@ -15,8 +15,20 @@ from mindrlhf.utils.parallel import prepare_environment
 from tests.trainer import stages
 
 DECODER = {**stages.DECODER, "num_key_value_heads": 4}
-EXPERTS = {
-    **DECODER, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+UNTIED = {**DECODER, "tie_word_embeddings": False}
+DECODERS = {  # of kinds that have one of their own
+    "mixtral": {**UNTIED, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3": {**UNTIED, "model_type": "qwen3", "head_dim": 16},
+    "glm4": {**UNTIED, "model_type": "glm4", "head_dim": 8},
+    "gpt2": {
+        "model_type": "gpt2", "n_embd": 32, "n_inner": 48, "n_layer": 1, "n_head": 4, "n_positions": 64,
+        "tie_word_embeddings": False, "initializer_range": 0.1,
+    },
+    "deepseek_v3": {
+        **UNTIED, "model_type": "deepseek_v3", "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    },
 }  # fmt: skip
 COMMON = {"model.build.vocab_size": 272, "trainer.rows": 2, "trainer.steps": 20, "logging.tensorboard": "false"}
 ONLINE = {
@@ -25,10 +37,11 @@ ONLINE = {
     "rollout.check_sync": "true",
 }  # fmt: skip
 OFFLINE = {"training.batch_size": 8, "training.learning_rate": 1e-3}
+BALANCE = {"deepseek_v3": ["model.balance.auxiliary_coef=0.1", "model.balance.bias_rate=0.01"]}
 
 ONLINE_KINDS = {  # as stages.STAGES
     "grpo": ("GRPOConfig", "GRPOTrainer", []),
-    "grpo_experts": ("GRPOConfig", "GRPOTrainer", []),
+    **{f"grpo_{family}": ("GRPOConfig", "GRPOTrainer", BALANCE.get(family, [])) for family in DECODERS},
     "ppo": ("PPOConfig", "PPOTrainer", []),
 }
 
@@ -53,7 +66,7 @@ def trainer_of(directory: Path, name: str, kind: str, overrides: list[str]):
     data = directory / ("problems.jsonl" if online else "rows.jsonl")
     values = {
         "output": directory / name,
-        "model.build.decoder": json.dumps(EXPERTS if kind == "grpo_experts" else DECODER),
+        "model.build.decoder": json.dumps(DECODERS.get(kind.removeprefix("grpo_"), DECODER)),
         "model.build.tokenizer_files": f"[{directory / 'rows.jsonl'}]",
         "data.train": f"[{{path: {data}}}]",
         "data.test": f"[{{path: {data}}}]",

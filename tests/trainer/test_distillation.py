@@ -9,7 +9,14 @@ from tests.trainer.stages import losses, weights
 GKD = ("distillation.name=gkd", "distillation.beta=0.5")
 
 
-@pytest.mark.parametrize("options", [("distillation.coef=1",), GKD, ("distillation.name=gkd", "distillation.beta=1")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        GKD,
+        pytest.param(("distillation.coef=1",), marks=pytest.mark.slow),
+        pytest.param(("distillation.name=gkd", "distillation.beta=1"), marks=pytest.mark.slow),
+    ],
+)
 def test_the_student_comes_closer(options, make_stage):
     trainer = make_stage("kd", *options, "training.learning_rate=1e-2")
     before = trainer.evaluate()["teacher_kl"]

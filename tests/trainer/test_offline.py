@@ -7,7 +7,7 @@ from mindrlhf.errors import UserError
 from tests.trainer.stages import STAGES, losses, weights
 
 # CI goes through all of them; the suite through one of each kind.
-EVERY = [stage if stage in ("sft", "dpo") else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
+EVERY = [stage if stage == "dpo" else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
 
 
 @pytest.mark.parametrize("stage", EVERY)
@@ -86,7 +86,7 @@ def test_only_the_chosen_layers_are_trained(make_stage):
     assert np.array_equal(weights(trainer)["model.embed_tokens.weight"], embedding)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("stage", ["dpo", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "kto"))])
 def test_epochs_compile_nothing_new(stage, make_stage, compilations):
     trainer = make_stage(stage)
     losses(trainer, 4)

@@ -90,8 +90,10 @@ def test_it_learns_and_counts_no_compilations_in_the_loop(make_trainer, compilat
     [
         {"algorithm__name": "dapo", "algorithm__overlong_buffer": 4},
         {"algorithm__kl_in_reward": "true", "algorithm__kl_coef": 0.1, "algorithm__kl_estimator": "k1"},
-        {"algorithm__name": "remax", "rollout__num_generations": 1},
-        {"algorithm__mismatch__correction": "icepop", "algorithm__policy_loss": "cispo"},
+        pytest.param({"algorithm__name": "remax", "rollout__num_generations": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"algorithm__mismatch__correction": "icepop", "algorithm__policy_loss": "cispo"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["dapo", "kl-in-reward", "remax", "correction"],
 )
@@ -217,11 +219,14 @@ def test_contradictions_are_one_line(make_trainer, option, value, message):
     assert "\n" not in str(error.value)
 
 
-def test_adapters_are_trained_online(make_trainer):
+def test_adapters_are_trained_online(make_trainer, teacher):
     """Answers are sampled with the adapter merged, and trained with it beside the weights: the same numbers."""
-    base = make_trainer(output="base", trainer__steps=1, algorithm__kl_coef=0).fit()["checkpoint"]
     trainer = make_trainer(
-        model__path=base, model__lora__rank=2, trainer__steps=4, algorithm__learning_rate=1e-2, algorithm__kl_coef=0.01
+        model__path=teacher,
+        model__lora__rank=2,
+        trainer__steps=4,
+        algorithm__learning_rate=1e-2,
+        algorithm__kl_coef=0.01,
     )
     summary = trainer.fit()
     assert max(line["mismatch_max"] for line in metrics_of(trainer) if "mismatch_max" in line) < 1e-4
@@ -229,7 +234,7 @@ def test_adapters_are_trained_online(make_trainer):
     adapter = dict(trainer.policy.decoder.adapter_tensors())
     assert any(array.any() for name, array in adapter.items() if "lora_B" in name)
     with pytest.raises(UserError, match="model.lora.dropout: 0.5 must be 0: the ratio would not be 1 on policy"):
-        make_trainer(model__path=base, model__lora__rank=2, model__lora__dropout=0.5, output="other")
+        make_trainer(model__path=teacher, model__lora__rank=2, model__lora__dropout=0.5, output="other")
 
 
 def test_asynchronous_answers_are_of_the_policy_one_step_before(make_trainer):
@@ -254,6 +259,7 @@ def test_asynchronous_answers_are_of_the_policy_one_step_before(make_trainer):
     assert all(line["mismatch_mean"] <= line["mismatch_max"] for line in lines)
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_resumes_bit_equal(make_trainer):
     """What was generated and not trained on is in the checkpoint."""
     options = {"rollout__asynchronous": "true", "trainer__evaluate_every": 2, "data__test": "[{path: PROBLEMS}]"}
@@ -276,6 +282,7 @@ def test_an_asynchronous_run_resumes_bit_equal(make_trainer):
     assert metrics_of(straight) == metrics_of(second)
 
 
+@pytest.mark.slow
 def test_an_asynchronous_reward_that_fails_stops_after_saving(make_trainer):
     options = {"rollout__asynchronous": "true", "algorithm__kl_coef": 0}
     with pytest.raises(UserError, match=r"KeyError.*step 2, saved .*step-000002"):
@@ -340,6 +347,7 @@ def test_the_best_checkpoint_and_an_early_stop(make_trainer):
     assert summary["steps"] == 2 and summary["stopped_early"] and summary["best"]["step"] == 0
 
 
+@pytest.mark.slow
 def test_a_killed_reward_server_costs_retries_and_not_the_run(make_trainer, mindspore, tmp_path):
     """Killed in the middle of the run; the run waits, and goes on when it is back."""
     import threading
@@ -402,7 +410,7 @@ class Echo:
         return "2", 0.5, self.turns == 3
 
 
-@pytest.mark.parametrize("name", ["grpo", "reinforce++"])
+@pytest.mark.parametrize("name", ["grpo", pytest.param("reinforce++", marks=pytest.mark.slow)])
 def test_conversations_with_an_environment_are_trained(make_trainer, name):
     """Its tokens are no targets; its rewards count, alone too."""
     trainer = make_trainer(
@@ -420,6 +428,7 @@ def test_conversations_with_an_environment_are_trained(make_trainer, name):
     assert targets == sum(r.is_sampled.sum() for r in rollouts) < sum(len(r.response_ids) for r in rollouts)
 
 
+@pytest.mark.slow
 def test_unfinished_answers_go_on_in_the_next_step(make_trainer):
     """And a run that was resumed in between is bit-equal."""
     options = {"rollout__partial_tokens": 3, "rollout__slots": 16, "trainer__steps": 5, "algorithm__kl_coef": 0,

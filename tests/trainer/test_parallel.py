@@ -30,13 +30,13 @@ def completions_of(run_directory):
     return (run_directory / "completions.jsonl").read_text()  # empty where nothing is generated
 
 
-def assert_same_run(directory, name, reference, step=20):
+def assert_same_run(directory, name, reference, step=20, left_out="nothing"):
     """Weights and optimizer of the last checkpoint, and every metric of every step."""
     one, other = directory / reference, directory / name
     for folder in sorted(path.parent for path in (one / f"checkpoints/step-{step:06d}").rglob("*.safetensors")):
         ours, theirs = read_tensors(other / folder.relative_to(one)), read_tensors(folder)
         assert set(ours) == set(theirs)
-        for tensor in theirs:
+        for tensor in (one for one in theirs if not one.endswith(left_out)):
             np.testing.assert_allclose(ours[tensor], theirs[tensor], atol=TOLERANCE, err_msg=f"{name} {tensor}")
     ours, theirs = metrics_of(other), metrics_of(one)
     assert len(ours) == len(theirs) >= step
@@ -70,7 +70,8 @@ DUMP = "logging.completions_every=1"
 
 def test_two_processes_train_as_one_and_generate_in_another_layout(directory, reference):
     short = f"{DUMP};trainer.steps=3"
-    run(directory, 2, f"short_tensor:grpo:{short};parallel.tensor=2;rollout.parallel.tensor=1")
+    less = "model.logits_at_once=1000;model.recompute=true"  # which is the same, and here with collectives in it
+    run(directory, 2, f"short_tensor:grpo:{short};{less};parallel.tensor=2;rollout.parallel.tensor=1")
     assert_same_run(directory, "short_tensor", reference("short", "grpo", short), step=3)
 
 
@@ -108,11 +109,30 @@ def test_other_online_trainers_in_two_processes(directory, reference):
     ppo = f"{DUMP};critic.learning_rate=1e-3;algorithm.kl_coef=0.02;algorithm.ema_decay=0.9;memory.swap=true"
     cases = {
         "ppo": ("ppo", ppo, "parallel.tensor=2;rollout.parallel.tensor=1"),
-        "experts": ("grpo_experts", DUMP, "parallel.tensor=2;parallel.expert=2;rollout.parallel.expert=1"),
+        "mixtral": ("grpo_mixtral", DUMP, "parallel.tensor=2;parallel.expert=2;rollout.parallel.expert=1"),
     }
     run(directory, 2, *(f"{name}2:{kind}:{common};{layout}" for name, (kind, common, layout) in cases.items()))
     for name, (kind, common, _) in cases.items():
         assert_same_run(directory, f"{name}2", reference(f"{name}1", kind, common))
+
+
+@pytest.mark.slow
+def test_families_in_two_processes(directory, reference):
+    common = f"{DUMP};trainer.steps=3"
+    # Attention does not see a bias that all keys share and nothing rotates: its gradient is rounding, of which Adam
+    # makes whole steps.
+    left_out = ("layers.0.self_attn.k_proj.bias", "h.0.attn.c_attn.bias")
+    layouts = {
+        "qwen3": "parallel.tensor=2;rollout.parallel.tensor=1",
+        "glm4": "parallel.tensor=2;rollout.parallel.tensor=1",
+        "gpt2": "parallel.tensor=2;rollout.parallel.tensor=1",
+        "deepseek_v3": "parallel.tensor=2;parallel.expert=2;rollout.parallel.expert=1",
+        "deepseek_v3_rows": "parallel.sequence=2",
+    }
+    kinds = {name: f"grpo_{name.removesuffix('_rows')}" for name in layouts}
+    run(directory, 2, *(f"{name}2:{kinds[name]}:{common};{layout}" for name, layout in layouts.items()))
+    for name in layouts:
+        assert_same_run(directory, f"{name}2", reference(f"{kinds[name]}1", kinds[name], common), 3, left_out)
 
 
 @pytest.mark.slow

@@ -50,7 +50,9 @@ def test_kto_begins_at_a_half(make_stage):
     assert values["loss"] == pytest.approx(0.5, abs=1e-5) and values["kl_baseline"] < 1e-5
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto", pytest.param("kto_pair", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage", ["dpo", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("kto", "kto_pair"))]
+)
 def test_references_agree(stage, make_stage):
     options = ("model.path=TEACHER", "model.lora.rank=2", "training.learning_rate=1e-2")
     cached, live, off = (
@@ -67,7 +69,7 @@ def test_another_reference_is_used(make_stage):
     assert abs(trainer.evaluate()["loss"] - np.log(2)) > 1e-3
 
 
-@pytest.mark.parametrize("mode", ["cached", "live"])
+@pytest.mark.parametrize("mode", ["cached", pytest.param("live", marks=pytest.mark.slow)])
 def test_a_resumed_run_keeps_its_reference(mode, make_stage):
     """Of a model that was built, so that only the run itself knows how it began."""
     options = (f"loss.reference={mode}", "training.schedule=constant")

@@ -149,11 +149,11 @@ def test_shipped_model_configs(mindspore, name, parameters):
     """Sizes as Qwen publishes them, through MindFormers' own reader."""
     from mindformers import LlamaConfig, MindFormerConfig
 
-    from mindrlhf.models.config import DecoderConfig
+    from mindrlhf.models.mindformers_config import decoder_config
 
     mode = mindspore.get_context("mode")
     content = MindFormerConfig(str(ROOT / "model_configs" / f"{name}.yaml"))
-    config = DecoderConfig.from_mindformers(LlamaConfig(**content.model.model_config))
+    config = decoder_config(LlamaConfig(**content.model.model_config))
     assert config.num_parameters == parameters
     assert (config.model_type, config.qkv_bias, config.output_bias) == ("qwen2", True, False)
     assert (config.rope_theta, config.norm_epsilon, config.max_positions) == (1e6, 1e-6, 32768)

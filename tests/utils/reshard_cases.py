@@ -6,7 +6,6 @@ import numpy as np
 
 from mindrlhf.layout import Layout
 
-EXPERTS = 4
 LAYER = "model.layers.0"
 SHAPES = {
     "model.embed_tokens.weight": (64, 12),
@@ -20,12 +19,10 @@ SHAPES = {
     f"{LAYER}.self_attn.o_proj.lora_A.weight": (3, 24),
     f"{LAYER}.self_attn.o_proj.lora_B.weight": (12, 3),
     f"{LAYER}.mlp.down_proj.weight": (12, 200),
-    f"{LAYER}.block_sparse_moe.gate.weight": (EXPERTS, 12),
-    **{
-        f"{LAYER}.block_sparse_moe.experts.{number}.{name}.weight": shape
-        for number in range(EXPERTS)
-        for name, shape in (("w1", (16, 12)), ("w2", (12, 16)), ("w3", (16, 12)))
-    },
+    f"{LAYER}.mlp.gate.weight": (4, 12),
+    f"{LAYER}.mlp.experts.gate_proj.weight": (4, 16, 12),
+    f"{LAYER}.mlp.experts.up_proj.weight": (4, 16, 12),
+    f"{LAYER}.mlp.experts.down_proj.weight": (4, 12, 16),
     "lm_head.weight": (64, 12),
 }
 
@@ -55,7 +52,7 @@ def whole(name: str) -> np.ndarray:
 def filled(layout: Layout, rank: int) -> dict[str, np.ndarray]:
     """What the rank holds; matrices lie transposed in memory, as a generator's do."""
     place = layout.place(rank)
-    boxes = {name: place and layout.box(name, shape, place.tensor, EXPERTS) for name, shape in SHAPES.items()}
+    boxes = {name: place and layout.box(name, shape, place.tensor) for name, shape in SHAPES.items()}
     return {name: np.array(whole(name)[box].T, order="C").T for name, box in boxes.items() if box is not None}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from mindrlhf.utils import parallel
 from mindrlhf.utils.reshard import Resharder, ReshardError
-from tests.utils.reshard_cases import EXPERTS, SHAPES, bits, empty, filled, layouts
+from tests.utils.reshard_cases import SHAPES, bits, empty, filled, layouts
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     for one, other in pairs:
         start, middle, end = filled(one, rank), empty(other, rank), empty(one, rank)
         for layout, source, to, target in ((one, start, other, middle), (other, middle, one, end)):
-            resharder = Resharder(SHAPES, layout, to, EXPERTS, bucket_bytes=4096)
+            resharder = Resharder(SHAPES, layout, to, bucket_bytes=4096)
             resharder.run(source.__getitem__, writer(target), check=target.__getitem__)
         expected = filled(other, rank)
         assert all(np.array_equal(bits(middle[name]), bits(expected[name])) for name in expected), (one, other)
@@ -43,7 +43,7 @@ def damage(one, other, rank: int) -> None:
             bits(target[name])[-1, -1] ^= 1
 
     try:
-        Resharder(SHAPES, one, other, EXPERTS).run(source.__getitem__, write, check=target.__getitem__)
+        Resharder(SHAPES, one, other).run(source.__getitem__, write, check=target.__getitem__)
     except ReshardError as error:
         print(f"found: {error}")
 

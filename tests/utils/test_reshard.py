@@ -8,7 +8,7 @@ from mindrlhf.layout import Layout
 from mindrlhf.utils.reshard import checksum, differences, sums
 from mindrlhf.utils.reshard_plan import plan, volume, within
 from tests.processes import run_ranks
-from tests.utils.reshard_cases import EXPERTS, SHAPES, bits, empty, filled, layouts, whole
+from tests.utils.reshard_cases import SHAPES, bits, empty, filled, layouts, whole
 
 WORLD = 4
 MATRIX = {"lm_head.weight": (8, 5)}  # split by rows
@@ -38,10 +38,10 @@ def test_there_and_back(one):
     values = {layout: [filled(layout, rank) for rank in range(WORLD)] for layout in layouts(WORLD)}
     for other in layouts(WORLD):
         middle = [empty(other, rank) for rank in range(WORLD)]
-        carry_out(plan(SHAPES, one, other, EXPERTS), values[one], middle)
+        carry_out(plan(SHAPES, one, other), values[one], middle)
         assert all(map(same, middle, values[other])), other
         back = [empty(one, rank) for rank in range(WORLD)]
-        carry_out(plan(SHAPES, other, one, EXPERTS), middle, back)
+        carry_out(plan(SHAPES, other, one), middle, back)
         assert all(map(same, back, values[one])), other
 
 
@@ -79,7 +79,7 @@ def test_buckets():
     """No message over half a bucket, elements of a row being cut where it must be; all but the last nearly full."""
     for bucket in (64, 1024, 8192):
         for one, other in ((Layout(tensor=4), Layout(data=4)), (Layout(), Layout(data=2, tensor=2))):
-            made = plan(SHAPES, one, other, EXPERTS, bucket)
+            made = plan(SHAPES, one, other, bucket)
             for rank in range(made.size):
                 for partner in made.partners(rank):
                     sizes = [4 * sum(volume(spans) for _, spans in m) for m in made.messages(rank, partner)]
@@ -105,19 +105,14 @@ def test_partners_meet_in_turns(size):
 
 def test_the_same_plan_every_time():
     one, other = Layout(data=2, tensor=2, expert=2), Layout(tensor=4)
-    assert plan(SHAPES, one, other, EXPERTS) == plan(dict(SHAPES), one, other, EXPERTS)
+    assert plan(SHAPES, one, other) == plan(dict(SHAPES), one, other)
 
 
 def test_what_does_not_divide():
-    with pytest.raises(UserError, match="tensor: 3 does not divide lm_head.weight of shape"):
+    with pytest.raises(UserError, match="tensor 3: does not divide lm_head.weight of shape"):
         plan(MATRIX, Layout(), Layout(tensor=3))
-    with pytest.raises(UserError, match="expert: 3 parts do not divide 4 experts"):
-        plan(
-            {"model.layers.0.block_sparse_moe.experts.0.w1.weight": (9, 4)},
-            Layout(),
-            Layout(tensor=3, expert=3),
-            EXPERTS,
-        )
+    with pytest.raises(UserError, match="tensor 3, expert 3: does not divide"):
+        plan({"model.layers.0.mlp.experts.gate_proj.weight": (4, 9, 4)}, Layout(), Layout(tensor=3, expert=3))
 
 
 def test_checksums_add_up():
@@ -136,7 +131,7 @@ def test_checksums_add_up():
 
 
 def test_differences_name_tensor_and_ranks():
-    made = plan(SHAPES, Layout(data=2, tensor=2), Layout(tensor=4), EXPERTS)
+    made = plan(SHAPES, Layout(data=2, tensor=2), Layout(tensor=4))
     source = [filled(made.source, rank) for rank in range(WORLD)]
     target = [filled(made.target, rank) for rank in range(WORLD)]
 

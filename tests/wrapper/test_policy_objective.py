@@ -84,7 +84,10 @@ KINDS = [
 
 @pytest.mark.parametrize(
     ("kind", "mode", "batch"),
-    [one if one[0] in ("ppo", "gspo") else pytest.param(*one, marks=pytest.mark.slow) for one in KINDS],
+    [
+        one if one[0] == "gspo" or one[2] is ActorCriticBatch else pytest.param(*one, marks=pytest.mark.slow)
+        for one in KINDS
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_micro_batches_packing_and_order_change_nothing(mindspore, micro_config, answers, kind, mode, batch):
