@@ -93,7 +93,7 @@ VARIABLES = """
 | --- | --- |
 | `MINDRLHF_DEVICE` | `CPU` (default) or `Ascend`, see [devices.md](devices.md) |
 | `MINDRLHF_CPU_KERNELS` | `0`: MindSpore's own operators in place of our CPU kernels |
-| `MINDRLHF_COMPILE_CACHE` | directory for compiled graphs, default `~/.cache/mindrlhf/graphs`; `0`: none, see [performance.md](performance.md) |
+| `MINDRLHF_COMPILE_CACHE` | for `mindrlhf-graphs/`, compiled graphs; default in `~/.cache/mindrlhf`; `0`: none |
 | `CXX` | the C++ compiler of the CPU kernels; default `g++`, then `c++` |
 | `XDG_CACHE_HOME` | the compiled kernels lie in `mindrlhf/` below it; default `~/.cache` |
 | `OMP_NUM_THREADS` | threads; default the usable cores |

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         partial.mkdir()
         report = convert(asked, partial)
-        os.replace(partial, target)
+        os.replace(partial, target.resolve())
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     files = f"{report.files} files" if report.files > 1 else "one file"

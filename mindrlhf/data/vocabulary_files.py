@@ -168,6 +168,10 @@ def _of_ranks(path: Path, config: dict[str, Any]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     name = config.get("tokenizer_class") or ""
+    if not name and path.name != "tokenizer.model":  # which is how Meta names it
+        raise UserError(
+            f"{path}: of which model? put the checkpoint's tokenizer_config.json, with its tokenizer_class, beside it"
+        )
     if name not in RANKS:
         known = ", ".join(filter(None, RANKS))
         problem = f"how {name} splits texts before it merges is unknown (known: {known})"

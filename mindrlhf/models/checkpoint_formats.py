@@ -24,6 +24,7 @@ from mindrlhf.models.hf import INDEX_FILE, check_names, named_as_whole
 from mindrlhf.models.mindformers_names import mindformers_from_stored, mindformers_tensors, stored_from_mindformers
 from mindrlhf.models.peft import is_adapter
 from mindrlhf.models.raw_tensors import CHECKSUMS_FILE, KINDS, RawSource, RawTensors, sha256
+from mindrlhf.models.shapes import CORRECTION
 from mindrlhf.models.tensor_files import MAP_FILE, read_raw, write_raw
 
 FORMATS = {"hf": "safetensors", "mindspore": "ckpt", "mindformers": "safetensors"}  # -> its files, where not chosen
@@ -177,9 +178,10 @@ def _to_mindformers(
 
 
 def _in_dtype(source: RawSource, dtype: str) -> RawSource:
-    """The same tensor in another floating-point dtype; whole numbers stay as they are."""
+    """The same tensor in another floating-point dtype; whole numbers stay as they are, and so does the routers' bias,
+    whose differences are finer than 16 bits."""
     wanted = DTYPES.get(dtype, source.dtype)
-    if source.dtype == wanted or source.dtype not in (*DTYPES.values(), "F64"):
+    if source.name.endswith(CORRECTION) or source.dtype == wanted or source.dtype not in (*DTYPES.values(), "F64"):
         return source
 
     def read() -> np.ndarray:
@@ -192,8 +194,9 @@ def _in_dtype(source: RawSource, dtype: str) -> RawSource:
             return _bfloat16(values.astype(np.float32, copy=False))
         with np.errstate(over="ignore"):
             found = values.astype(KINDS[wanted].dtype, copy=False)
-        if wanted == "F16" and np.isinf(found).any() and not np.isinf(values).any():
-            largest = float(np.abs(values).max())
+        overflown = np.isinf(found) & ~np.isinf(values)
+        if overflown.any():
+            largest = float(np.abs(values[overflown]).max())
             raise UserError(f"{source.name} holds {largest:g}, more than {dtype} can; use --dtype bfloat16 or float32")
         return found
 

@@ -123,7 +123,7 @@ class Balance(nn.Cell):
         return scores
 
     def bprop(self, scores, best, real, coef, tally, out, dout):
-        total = scores.sum(-1, keepdims=True)
+        total = ops.maximum(scores.sum(-1, keepdims=True), 1e-20)  # all of a token's sigmoids may be 0
         probabilities, real_rows = scores / total, real.expand_dims(1)
         loads = (_counts(best, self.count) * real_rows).sum(0)
         masses = (probabilities * real_rows).sum(0)

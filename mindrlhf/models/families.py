@@ -71,8 +71,12 @@ FAMILIES = {
     "glm": Family("Glm", **_GLM, attention_bias=True),
     "glm4": Family("Glm4", **_GLM, attention_bias=True, sandwich_norms=True),
     "mixtral": Family(
-        "Mixtral", keys={"num_experts": "num_local_experts"}, has_experts=True, constant={"sliding_window": None},
-        defaults={"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}, renames=_MIXTRAL_NAMES,
+        "Mixtral", keys={"num_experts": "num_local_experts"}, has_experts=True, 
+        constant={"sliding_window": None, "norm_topk_prob": True, "router_jitter_noise": 0.0},
+        defaults={
+            "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        },
+        renames=_MIXTRAL_NAMES,
     ),
     "qwen3_moe": Family(
         "Qwen3Moe", _OPTIONAL_BIASES, qk_norm=True, has_experts=True,
@@ -93,6 +97,7 @@ FAMILIES = {
         excluded=(
             ("vocab_size", 64000, "that is Baichuan 1, whose head is not normalised; use Baichuan2 7B"),
             ("max_position_embeddings", None, "that is the 13B, with ALiBi; use Baichuan2 7B"),
+            ("hidden_size", 5120, "that is the 13B, with ALiBi; use Baichuan2 7B"),
         ),
     ),
     "gpt2": Family(

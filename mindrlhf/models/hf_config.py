@@ -88,7 +88,9 @@ def read_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields |= _latent(read) if family.latent else _head_sizes(read, fields)
     fields |= _experts(read, fields) if family.has_experts else {}
     if not family.learned_positions:
-        fields["rope_theta"], fields["rope_scaling"] = read_rope(values, where)
+        fields["rope_theta"], fields["rope_scaling"] = read_rope(
+            values, where, family.defaults.get("rope_theta", 10000.0)
+        )
     return fields | dict(
         norm_epsilon=read(number, "rms_norm_eps", 1e-6),
         tie_embeddings=read(flag, "tie_word_embeddings", False),
@@ -119,7 +121,10 @@ def _head_sizes(read: _Reader, fields: Mapping[str, Any]) -> dict[str, Any]:
             part = number(scaling, "partial_rotary_factor", f"{read.where}: {name}", part)
     if part != 1 and "partial_rotary_factor" not in read.family.defaults:
         raise UserError(f"{read.where}: partial_rotary_factor other than 1 is not supported; use another model")
-    return {"head_dim": head_dim, "rotary_dim": 0 if part == 1 else int(head_dim * part)}
+    rotated = int(head_dim * part)
+    if not 0 < rotated <= head_dim:
+        raise UserError(f"{read.where}: partial_rotary_factor is {part}; it must leave 1 to {head_dim} rotated numbers")
+    return {"head_dim": head_dim, "rotary_dim": 0 if part == 1 else rotated}
 
 
 def _latent(read: _Reader) -> dict[str, Any]:
@@ -169,8 +174,8 @@ def _refuse_unsupported(read: _Reader) -> None:
         raise UserError(f"{where}: quantization_config is not supported; use the float32, float16 or bfloat16 weights")
     kinds = values.get("layer_types") or []
     if values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None and not kinds:
-        # Qwen2's rule: the layers from max_window_layers on slide. Its default in transformers is 28.
-        first = integer(values, "max_window_layers", where, 28)
+        # Qwen2's rule: the layers from max_window_layers on slide, by default from 28. Qwen3-MoE slides all.
+        first = 0 if family.has_experts else integer(values, "max_window_layers", where, 28)
         kinds = ["sliding_attention"] if first < read(integer, "num_hidden_layers") else []
     if any(kind != "full_attention" for kind in kinds):
         raise UserError(
@@ -197,8 +202,8 @@ def _biases(read: _Reader) -> tuple[bool, bool]:
     biased = read(flag, "attention_bias", family.attention_bias)
     if biased not in family.biases:
         raise UserError(
-            f"{read.where}: attention_bias {str(biased).lower()} does not exist in model_type "
-            f"{read.values['model_type']}; remove the key"
+            f"{read.where}: attention_bias {str(biased).lower()} is not supported in model_type "
+            f"{read.values['model_type']}; only {str(not biased).lower()} is"
         )
     return family.biases[biased]
 
@@ -214,6 +219,7 @@ def written_values(config: "DecoderConfig") -> dict[str, Any]:
         "initializer_range": config.initializer_range,
         "bos_token_id": _plain(config.bos_token_id),
         "eos_token_id": _plain(config.eos_token_id),
+        "pad_token_id": None,  # a family's default may lie outside of a small vocabulary
     }
     if not family.learned_positions:
         values |= {
@@ -233,7 +239,7 @@ def written_values(config: "DecoderConfig") -> dict[str, Any]:
     if config.head == "score":
         # transformers reads the score at the last token that is not padding. Where padding is the stop token that
         # would be one token early; without padding it is the last token, and a batch of one row.
-        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": None}
+        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         values |= {"score_mean": config.score_mean, "score_std": config.score_std}
     return {
         "architectures": [family.architecture + (HEADS[config.head] or family.language_model)],

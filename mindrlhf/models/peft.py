@@ -13,6 +13,7 @@ import numpy as np
 
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.conversion import is_stored_as_it_is
 from mindrlhf.models.fields import flag, integer, number, read_json
 from mindrlhf.models.hf import read_tensor_file, write_tensor_file
 from mindrlhf.models.lora import MODULES, A, Lora
@@ -104,6 +105,12 @@ def read_adapter(directory: Path, config: DecoderConfig) -> SavedAdapter:
     )
     if lora.rank < 1 or not lora.alpha > 0 or not 0 <= lora.dropout < 1 or not lora.target_modules:
         raise UserError(f"{path}: r, lora_alpha, lora_dropout or the adapted modules are out of range; save it again")
+    for module in lora.target_modules:
+        if not is_stored_as_it_is(config, module):
+            raise UserError(
+                f"{path}: adapts {module}, which model_type {config.model_type} stores in another form than it is "
+                "computed in; merge the adapter with peft and use that"
+            )
     _check_shapes(directory / TENSOR_FILE, lora, config, {n: tensors.shapes[key] for n, key in entries.items()})
     return SavedAdapter(lora, {name: tensors[key] for name, key in entries.items()})
 

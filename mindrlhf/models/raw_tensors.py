@@ -69,7 +69,9 @@ class RawTensors(Mapping[str, np.ndarray]):
     def __init__(self, places: dict[str, Place], path: Path):
         self.places, self.path = places, path
         sums = path / CHECKSUMS_FILE
-        self._sums = read_json(sums).get("tensors", {}) if sums.is_file() else {}
+        self._sums = read_json(sums).get("tensors") if sums.is_file() else {}
+        if not isinstance(self._sums, dict) or not all(isinstance(entry, dict) for entry in self._sums.values()):
+            raise UserError(f"{sums}: tensors is no mapping of names to checksums; copy it again or remove it")
 
     def __getitem__(self, name: str) -> np.ndarray:
         place = self.places[name]

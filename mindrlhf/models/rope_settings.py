@@ -26,8 +26,9 @@ def rope_type(scaling: Mapping[str, Any]) -> Any:
     return scaling.get("rope_type", scaling.get("type", "default"))
 
 
-def read_rope(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """rope_theta and the scaling, from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+def read_rope(values: Mapping[str, Any], where: str, theta: float = 10000.0) -> tuple[float, dict[str, Any] | None]:
+    """rope_theta, by default `theta`, and the scaling, from `rope_theta` + `rope_scaling` (transformers 4) or
+    `rope_parameters` (5)."""
     thetas, scalings = [], []
     if values.get("rope_theta") is not None:
         thetas.append(number(values, "rope_theta", where))
@@ -39,7 +40,7 @@ def read_rope(values: Mapping[str, Any], where: str) -> tuple[float, dict[str, A
             thetas.append(number(values[name], "rope_theta", f"{where}: {name}"))
     if any(theta != thetas[0] for theta in thetas) or any(scaling != scalings[0] for scaling in scalings):
         raise UserError(f"{where}: rope_parameters and rope_theta or rope_scaling disagree; keep one of the spellings")
-    return (thetas or [10000.0])[0], (scalings or [None])[0]
+    return (thetas or [theta])[0], (scalings or [None])[0]
 
 
 def _rope_scaling(scaling: Any, where: str) -> dict[str, Any] | None:

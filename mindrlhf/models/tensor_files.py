@@ -28,6 +28,8 @@ def read_raw(path: Path) -> RawTensors:
     if (path / MAP_FILE).is_file():
         values = read_json(path / MAP_FILE)
         names = values.get("weight_map", values)
+        if not isinstance(names, dict):
+            raise UserError(f"{path / MAP_FILE}: weight_map is no mapping of names to files; copy it again")
         files = sorted({path / str(file) for file in names.values()})
         missing = next((file for file in files if not file.is_file()), None)
         if missing:

@@ -5,6 +5,7 @@ whatever it computes. So every graph has a key here, a hash of all that it is ma
 where the n-th key in the directory's list is its own. Behind the first that is not, the list is written anew.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -55,71 +56,114 @@ def graphs_loaded() -> tuple[int, int]:
 
 
 def _open(job: str) -> "CompileCache | None":
-    root = os.environ.get(VARIABLE)
-    if not root:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindrlhf" / "graphs"
-    name = hashlib.sha256(f"{_of_program()}\n{job}".encode()).hexdigest()[:16]
     if world().size > 1:
         return None
+    asked = os.environ.get(VARIABLE)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # A directory of its own in any case: what is old in it is removed.
+    root = Path(asked) / "mindrlhf-graphs" if asked else cache / "mindrlhf" / "graphs"
+    name = hashlib.sha256(f"{_of_program()}\n{job}".encode()).hexdigest()[:16]
     try:
-        return CompileCache(Path(root) / name)
+        return CompileCache(root / name)
     except OSError:  # another process holds the lock, or there is no place to write to
         return None
 
 
 class CompileCache:
-    """The graphs in a directory, which no other process may use meanwhile."""
+    """The graphs in a directory, which no other process may use meanwhile. It is off once reading or writing fails."""
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)  # held as long as the process
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock = _locked(directory)  # as long as the process
         os.pwrite(self._lock, b"# held by the process that uses this directory\n", 0)
         os.utime(directory)
-        for old in sorted(directory.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        _remove_old(directory.parent)
         self.graphs, self.list = directory / "rank_0" / "graph_cache", directory / "keys"
         self.failed = directory / "failed"
+        self.is_off = self.failed.exists()
         self.keys = self.list.read_text().split() if self.list.exists() else []
         self.count = 0  # graphs that this process has loaded or kept: MindSpore's own number of the next one
         self.loaded = 0
         set_compile_cache(directory, directory / "lock")  # always the same: the keys hold what graphs depend on
 
     def run(self, cell: Any, inputs: tuple, call: Callable[..., Any]) -> Any:
-        if self.failed.exists():
+        if self.is_off:
             return call(*inputs)
         try:
             key = digest(cell, tuple(_shape(one) for one in inputs))
+            is_known, written = self._prepare(key)
         except Unknown:
             return call(*inputs)  # compiled, and not kept
-        is_known = self.keys[self.count : self.count + 1] == [key]
-        if not is_known:  # first what is listed, so that whoever is interrupted here leaves no wrong pair
-            self._write(self.keys[: self.count])
-            for path in self.graphs.glob("*.mindir"):
-                if int(path.stem.split("_")[-1]) >= self.count:
-                    path.unlink()
-        before, file = len(cell.compile_cache), self.graphs / f"compile_cache_{self.count}.mindir"
-        written = file.stat().st_mtime_ns if is_known and file.exists() else None
+        except OSError:
+            self.is_off = True
+            return call(*inputs)
+        before = len(cell.compile_cache)
         try:
             with compile_with_cache():
                 out = call(*inputs)
-        except RuntimeError:
-            if not is_known or len(cell.compile_cache) > before:
+        except BaseException as error:
+            self.is_off = True  # MindSpore may have counted this graph, or not
+            if not is_known or not isinstance(error, RuntimeError) or len(cell.compile_cache) > before:
                 raise
-            self.failed.touch()  # MindSpore cannot load what it has kept: this job goes on without
+            with contextlib.suppress(OSError):
+                self.failed.touch()  # MindSpore cannot load what it has kept: this job goes on without
             return call(*inputs)
         if len(cell.compile_cache) > before:
-            self.loaded += written == file.stat().st_mtime_ns  # else MindSpore has compiled and kept it again
-            self.count += 1
-            if not is_known:
-                self._write([*self.keys, key])
+            try:
+                self._note(key, is_known, written)
+            except OSError:
+                self.is_off = True
         return out
+
+    def _prepare(self, key: str) -> tuple[bool, int | None]:
+        """(whether the next graph is that of the key, when it was written)."""
+        is_known = self.keys[self.count : self.count + 1] == [key]
+        if is_known:
+            return True, self._file.stat().st_mtime_ns if self._file.exists() else None
+        self._write(self.keys[: self.count])  # first what is listed, so that an interruption leaves no wrong pair
+        for path in self.graphs.glob("*.mindir"):
+            if int(path.stem.split("_")[-1]) >= self.count:
+                path.unlink()
+        return False, None
+
+    def _note(self, key: str, is_known: bool, written: int | None) -> None:
+        """Behind a graph that was loaded or kept."""
+        self.loaded += written == self._file.stat().st_mtime_ns  # else MindSpore has compiled and kept it again
+        self.count += 1
+        if not is_known:
+            self._write([*self.keys, key])
+
+    @property
+    def _file(self) -> Path:
+        """Of the next graph."""
+        return self.graphs / f"compile_cache_{self.count}.mindir"
 
     def _write(self, keys: list[str]) -> None:
         self.keys = keys
         temporary = self.list.with_suffix(".new")
         temporary.write_text("\n".join(keys))
         temporary.replace(self.list)
+
+
+def _locked(directory: Path) -> int:
+    """Raises OSError where another process holds it."""
+    lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove_old(root: Path) -> None:
+    """All but the jobs that were used last, and those that a process uses."""
+    jobs = [path.parent for path in root.glob("*/lock")]
+    for old in sorted(jobs, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        with contextlib.suppress(OSError):
+            lock = _locked(old)
+            shutil.rmtree(old, ignore_errors=True)
+            os.close(lock)
 
 
 @functools.cache

@@ -52,6 +52,8 @@ def prepare_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # MindSpore's own switch loads graphs by their number, whatever they compute: see utils/compile_cache.py.
+    os.environ.pop("MS_COMPILER_CACHE_ENABLE", None)
 
 
 def device_target() -> str:

@@ -179,6 +179,12 @@ def test_dtypes(mindspore, tmp_path, model):
     assert json.loads((tmp_path / "brain" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_the_routers_bias_stays_float32(tmp_path):
+    source, bias = FIXTURES / "deepseek_v3", "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert convert(source, tmp_path / "brain", "--to", "hf", "--dtype", "bfloat16") == 0
+    assert stored(tmp_path / "brain")[bias] == stored(source)[bias]
+
+
 def test_bfloat16_rounds_to_the_nearest():
     """0x3f808000 lies between 0x3f80 and 0x3f81 and goes to the even one, as 0x3f818000 does to 0x3f82."""
     bits = [0x3F808000, 0x3F808001, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0x7F810000, 0x80000000]

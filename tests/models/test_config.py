@@ -148,6 +148,10 @@ def test_refused(changes, message):
         ({"model_type": "deepseek_v3", "rope_interleave": False}, "rope_interleave False is not supported; only True"),
         ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "scoring_func 'softmax' is not supported"),
         ({"model_type": "mixtral", "sliding_window": 4096}, "sliding_window 4096 is not supported"),
+        ({"model_type": "qwen3_moe", "use_sliding_window": True, "max_window_layers": 2}, "sliding-window attention"),
+        ({"model_type": "baichuan", "hidden_size": 5120}, "that is the 13B, with ALiBi"),
+        ({"model_type": "glm4", "partial_rotary_factor": 0.0}, "partial_rotary_factor is 0.0; it must leave 1 to"),
+        ({"model_type": "deepseek_v3", "attention_bias": True}, "attention_bias true is not supported"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be 1 to 8"),
         ({"model_type": "qwen3_moe", "attention_bias": 1}, "attention_bias is 1; it must be true or false"),
         ({"model_type": "glm4", "head_dim": 6, "partial_rotary_factor": 0.5}, "head_dim is 6 with 3 rotated"),
@@ -181,7 +185,7 @@ def test_a_sliding_window_that_is_not_in_use():
     values = {**QWEN2, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1}
     assert DecoderConfig.from_hf(values).num_layers == 2
     assert DecoderConfig.from_hf({**QWEN2, "use_sliding_window": True}).num_layers == 2  # 28 layers come first
-    with pytest.raises(UserError, match="attention_bias false does not exist in model_type qwen2"):
+    with pytest.raises(UserError, match="attention_bias false is not supported in model_type qwen2"):
         DecoderConfig.from_hf({**QWEN2, "attention_bias": False})
 
 

@@ -308,7 +308,10 @@ def test_settings():
         ({"alpha": 0}, "model.lora.alpha: 0 must be over 0"),
         ({"dropout": 1.0}, "model.lora.dropout: 1.0 must be at least 0 and under 1"),
         ({"target_modules": []}, r"model.lora.target_modules: \[\] must be one or more"),
-        ({"target_modules": ["q"]}, "target_modules: no module 'q' that can be adapted in model_type qwen2; there are q_proj, k_proj"),
+        (
+            {"target_modules": ["q"]},
+            "target_modules: no module 'q' that can be adapted in model_type qwen2; there are q_proj, k_proj",
+        ),
         ({"layers": [0, 2]}, "model.lora.layers: there is no layer 2; the model has 0 to 1"),
         ({"layers": [-1]}, "model.lora.layers: there is no layer -1"),
     ],

@@ -42,6 +42,13 @@ def test_what_peft_wrote():
     assert set(saved.tensors) == {*saved.lora.shapes(SCORE), "score.weight"}
 
 
+@pytest.mark.parametrize("family", ["glm4", "deepseek_v3_plain"])
+def test_projections_that_are_stored_otherwise_are_refused(adapter, family):
+    """Their rows are in the checkpoint's order, the decoder's are not: merged as they are they would be wrong."""
+    with pytest.raises(UserError, match="adapts q_proj, which model_type .* stores in another form"):
+        read_adapter(adapter, DecoderConfig.read(FIXTURES / family))
+
+
 @pytest.mark.parametrize(("name", "config"), [("qwen2_tied_lora", TIED), ("qwen2_score_lora", SCORE)])
 def test_round_trip(name, config, tmp_path):
     """Every tensor's bytes, and every key that PEFT wrote and that is not its own default."""
