@@ -61,7 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _described(arguments: argparse.Namespace) -> Path:
     """The directory with config.json."""
+    from mindrlhf.models.peft import is_adapter
+
     source = Path(arguments.source)
+    if is_adapter(source):
+        raise UserError(f"{source}: an adapter without its model; merge them first (mindrlhf merge-lora)")
     directory = Path(arguments.config or (source.parent if source.is_file() else source))
     if source.exists() and not (directory / "config.json").is_file():
         fix = "give --config with the directory of the model's Hugging Face config.json and tokenizer"

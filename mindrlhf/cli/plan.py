@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Bytes of each device by phase, role and kind, the bytes of a weight sync, an estimate of a step's seconds, "
         "and the fastest layouts that fit. Exit code 1 where none does. Formulas and defaults: docs/planner.md."
     )
-    parser.add_argument(
-        "--config", required=True, help="a grpo or ppo job's YAML; or a model, for the default grpo job"
-    )
+    parser.add_argument("--config", required=True, help="a grpo or ppo job's YAML; or a model, as --model takes it")
     parser.add_argument("--devices", type=int, required=True, help="how many")
     parser.add_argument("--device-memory", required=True, help="of each, such as 64GB (10^9) or 64GiB (2^30)")
     parser.add_argument(
@@ -126,7 +124,18 @@ def read_config(path: str, overrides: list[str]) -> Any:
 
 
 def _model(path: str) -> str | None:
-    return path if Path(path).is_dir() or path.endswith(".json") else None
+    return path if Path(path).is_dir() or path.endswith(".json") or "model_config" in _sections(path) else None
+
+
+def _sections(path: str) -> Any:
+    """Of a YAML's model, which in MindFormers' has a model_config."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}  # load_config says what is wrong, with the line
+    return (values.get("model") or {}) if isinstance(values, dict) else {}
 
 
 def read_job(config: Any, model: str | None, architecture: "Architecture | None" = None) -> "Job":

@@ -40,9 +40,13 @@ def _compose(path: Path) -> yaml.Node | None:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise UserError(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from None
+        raise not_yaml(path, error) from None
+
+
+def not_yaml(path: Path, error: yaml.YAMLError) -> UserError:
+    """In one line, with that of the file."""
+    mark = getattr(error, "problem_mark", None)
+    return UserError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}")
 
 
 def config_to_yaml(config: Any) -> str:

@@ -90,6 +90,9 @@ def load_tokenizer(directory: str | Path) -> Any:
     (tokenizer.model or *.tiktoken). Raises UserError for a directory without them and for files that are broken.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        fix = "run the job whose output it is, download it there, or correct the path"
+        raise UserError(f"{directory}: no such directory; {fix}")
     if not has_tokenizer(directory):
         expected = "tokenizer.json, vocab.json and merges.txt, tokenizer.model, or a .tiktoken file"
         raise UserError(f"{directory}: no tokenizer here; expected {expected}; set model.tokenizer to their directory")
@@ -103,9 +106,15 @@ def load_tokenizer(directory: str | Path) -> Any:
     use_fast = any((directory / name).is_file() for name in _FAST_FILES)
     options = {"use_fast": use_fast, "local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(str(directory), **options)
+        found = AutoTokenizer.from_pretrained(str(directory), **options)
     except Exception as error:  # whatever a broken file makes of transformers' code
-        raise UserError(f"{directory}: transformers cannot read the tokenizer: {error}") from None
+        found, problem = False, str(error)
+    else:
+        problem = "tokenizer.model is no SentencePiece model"
+    if not found:  # False is what transformers makes of such a file
+        fix = "download its files again (git lfs pull, if they are pointers)"
+        raise UserError(f"{directory}: transformers cannot read the tokenizer: {problem}; {fix}")
+    return found
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:

@@ -22,7 +22,6 @@ from mindrlhf.models.conversion import stored_shapes
 from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import INDEX_FILE, check_names, named_as_whole
 from mindrlhf.models.mindformers_names import mindformers_from_stored, mindformers_tensors, stored_from_mindformers
-from mindrlhf.models.peft import is_adapter
 from mindrlhf.models.raw_tensors import CHECKSUMS_FILE, KINDS, RawSource, RawTensors, sha256
 from mindrlhf.models.shapes import CORRECTION
 from mindrlhf.models.tensor_files import MAP_FILE, read_raw, write_raw
@@ -106,8 +105,6 @@ def planned(asked: Conversion) -> tuple[list[RawSource], list[str]]:
         raise UserError("--files ckpt: Hugging Face checkpoints are safetensors; remove it, or use --to mindspore")
     if asked.fused and asked.to != "mindformers":
         raise UserError("--qkv-concat: only MindFormers' networks have fused projections; use --to mindformers")
-    if is_adapter(asked.source):
-        raise UserError(f"{asked.source}: an adapter without its model; merge them first (mindrlhf merge-lora)")
     raw = read_raw(asked.source)
     config = DecoderConfig.read(asked.described)
     left_out = [name for name in raw if name in _STATE or name.startswith(_STATE_PREFIXES)]

@@ -53,9 +53,14 @@ class Lora:
         # An adapter of another projection could not be written in PEFT's names.
         there = tuple(name for name in MODULES if is_stored_as_it_is(decoder, name))
         wanted = there if config.target_modules == [ALL_LINEAR] else config.target_modules
-        for name in wanted or (ALL_LINEAR,):
+        if not there:
+            raise UserError(
+                f"model.lora.rank: model_type {decoder.model_type} has no projections that adapters can be on; set it "
+                "to 0"
+            )
+        for name in wanted:
             if name not in there:
-                known = f"{', '.join(there)}; or {ALL_LINEAR} alone" if there else "none: train the whole model"
+                known = f"{', '.join(there)}; or {ALL_LINEAR} alone"
                 raise UserError(
                     f"model.lora.target_modules: no module {name!r} that can be adapted in model_type "
                     f"{decoder.model_type}; there are {known}"

@@ -62,7 +62,10 @@ def network_of(model: ModelConfig) -> Network:
         field = difference(described, config)
         if field:
             there, here = getattr(described, field), getattr(config, field)
-            raise UserError(f"model.mindformers: {field} is {there} in {model.mindformers}, {here} in model.path")
+            raise UserError(
+                f"model.mindformers: {field} is {there} in {model.mindformers} and {here} in {model.path}; remove "
+                "model.mindformers, or name the YAML of this checkpoint"
+            )
         return cell(config, weights, **rest)
 
     return Network(make, found.config)

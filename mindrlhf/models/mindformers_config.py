@@ -5,22 +5,24 @@ is an error.
 """
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from mindrlhf.config import ParallelConfig
+from mindrlhf.config.reading import not_yaml
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.fields import integer, read_json
 from mindrlhf.models.mindformers_kinds import BY_MODEL_TYPE, EXPERT_KEYS, KINDS, Values, refuse_other
 
-_ARCHITECTURE = tuple(
+_ARCHITECTURE = ("model_type",) + tuple(
     field.name
     for field in dataclasses.fields(DecoderConfig)
     if field.name not in (
-        "max_positions", "initializer_range", "auxiliary_coef", "bos_token_id", "eos_token_id", "head",
+        "model_type", "max_positions", "initializer_range", "auxiliary_coef", "bos_token_id", "eos_token_id", "head",
         "score_mean", "score_std", "compute",
     )
 )  # fmt: skip
@@ -84,12 +86,15 @@ _READ_SECTIONS = ("model", "use_legacy", "pretrained_model_dir", "parallel", "pa
                   "generation_parallel_config", "run_mode", "use_parallel")  # fmt: skip
 
 
-def _notes(content: Values, name: str, layouts: dict[str, ParallelConfig]) -> tuple[str, ...]:
+def _notes(content: Values, name: str, layouts: dict[str, ParallelConfig], path: Path) -> tuple[str, ...]:
     kind, found = KINDS[name], {}
     known = {*kind.keys, *kind.only, "type", "model_type", "architectures", "moe_config"}
     for key in content["model"]["model_config"]:
         if key not in known:
             reason = next((why for why, keys in _REASONS if key in keys), "not known")
+            near = difflib.get_close_matches(str(key), kind.keys, n=1, cutoff=0.85)
+            if reason == "not known" and near:  # else the default of what was meant would be trained
+                raise UserError(f"{path}: model.model_config: unknown key {key!r}; did you mean {near[0]!r}?")
             found.setdefault(reason, []).append(key)
     if "moe_config" in kind.keys:
         rest = [f"moe_config.{key}" for key in content["moe_config"] if key not in EXPERT_KEYS]
@@ -125,7 +130,7 @@ def read_mindformers(path: str | Path) -> MindFormersModel:
     values = {"moe_config": content["moe_config"], **values}
     config = _decoder_config(values, name, f"{path}: model.model_config")
     layouts = {section: _layout(content, section, f"{path}: {section}") for section in _LAYOUTS}
-    return MindFormersModel(config, name, values, is_legacy, *layouts.values(), _notes(content, name, layouts))
+    return MindFormersModel(config, name, values, is_legacy, *layouts.values(), _notes(content, name, layouts, path))
 
 
 def decoder_config(config: Any, where: str = "LlamaConfig") -> DecoderConfig:
@@ -157,8 +162,10 @@ def _content(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; give a MindFormers YAML")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({error})".splitlines()[0]) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise not_yaml(path, error) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no mapping; give a MindFormers YAML")
     if "base_config" in content:

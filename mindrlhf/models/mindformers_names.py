@@ -100,8 +100,8 @@ def from_mindformers(name: str, model_type: str = "llama") -> str:
 def _family(model_type: str):
     if model_type not in FAMILIES:
         raise UserError(
-            f"model_type {model_type!r} has no legacy MindFormers checkpoints, only {', '.join(FAMILIES)} have; "
-            "MindFormers reads Hugging Face's of it"
+            f"model_type {model_type!r} has no legacy MindFormers checkpoints, only {', '.join(FAMILIES)} have; the "
+            "mcore networks (Qwen3, Qwen3-MoE, DeepSeek-V3) read Hugging Face's"
         )
     return FAMILIES[model_type]
 

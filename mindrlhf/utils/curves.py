@@ -102,6 +102,7 @@ def _panels(metrics: list[dict[str, Any]]) -> list[Callable[[Any], None]]:
         ),
         (_curve(online, "eval/kl", "Held out, KL that was paid", "nats per answer"), ["eval/kl"], online),
         (_lines(online, several, "Held out, several answers", "% of problems"), several, online),
+        (_curve(online, "experts/busiest", "Busiest expert", "load over the mean"), ["experts/busiest"], online),
         (_curve(online, "turns", "Turns", "turns per answer"), ["turns"], online),
         (_curve(stale, "mismatch_mean", mismatch, "mean difference, nats"), ["mismatch_mean"], stale),
         (_curve(warmup, "warmup/loss", "Warm-up loss", "nats per token"), ["warmup/loss"], warmup),

@@ -156,6 +156,7 @@ def test_a_directory_with_config_json(read, tmp_path):
 @pytest.mark.parametrize(
     ("values", "sections", "message"),
     [
+        ({**QWEN2_5, "hiden_size": 64}, {}, "unknown key 'hiden_size'; did you mean 'hidden_size'?"),
         ({**QWEN2_5, "type": "BloomConfig"}, {}, "type 'BloomConfig' is not known; known: LlamaConfig"),
         ({**QWEN2_5, "emb_dropout_prob": 0.1}, {}, "emb_dropout_prob 0.1 is not supported"),
         (QWEN2_5, {"moe_config": {"expert_num": 8}}, "expert_num is over 1; LlamaConfig with experts"),
@@ -184,7 +185,7 @@ def test_no_yaml(tmp_path):
     with pytest.raises(UserError, match="no such file; give a MindFormers YAML"):
         read_mindformers(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("model: [")
-    with pytest.raises(UserError, match="broken.yaml: not YAML"):
+    with pytest.raises(UserError, match="broken.yaml:1: not YAML"):
         read_mindformers(tmp_path / "broken.yaml")
 
 
