@@ -6,6 +6,7 @@ the field.
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import types
@@ -47,6 +48,19 @@ def not_yaml(path: Path, error: yaml.YAMLError) -> UserError:
     """In one line, with that of the file."""
     mark = getattr(error, "problem_mark", None)
     return UserError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where it is missing, not JSON or not an object."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a Hugging Face checkpoint directory")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, not a JSON object; download it again")
+    return values
 
 
 def config_to_yaml(config: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 
 from mindrlhf.data.tokenizers import END_OF_TEXT, SPECIAL_TOKENS
-from mindrlhf.data.vocabulary_files import read_json, special
+from mindrlhf.data.vocabulary_files import settings_of, special
 from mindrlhf.errors import UserError
 
 
@@ -36,7 +36,7 @@ class Qwen2Tokenizer(transformers.Qwen2TokenizerFast):
                 f"and a prompt that ends in {END_OF_TEXT} is not gone on with"
             )
         # By their ids: where one of them is the padding or the unknown token, transformers would add that one first.
-        first = len(read_json(Path(vocab_file)))
+        first = len(settings_of(Path(vocab_file)))
         control = {first + number: special(token) for number, token in enumerate(SPECIAL_TOKENS)}
         options["added_tokens_decoder"] = control | options.get("added_tokens_decoder", {})
         options.setdefault("additional_special_tokens", SPECIAL_TOKENS[1:])

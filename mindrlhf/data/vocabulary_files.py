@@ -11,12 +11,12 @@ patterns and special tokens; tiktoken's `_educational.py` for what encoding by r
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mindrlhf.config.reading import read_json
 from mindrlhf.errors import UserError
 
 # Contractions, words, digits, punctuation, line ends, spaces; how many digits go together differs.
@@ -90,7 +90,7 @@ def open_vocabulary(directory: Path) -> Any | None:
     """
     import transformers
 
-    config = read_json(directory / "tokenizer_config.json")
+    config = settings_of(directory / "tokenizer_config.json")
     name = config.get("tokenizer_class") or ""
     is_known = bool(name) and hasattr(transformers, name)
     if (directory / "tokenizer.json").is_file():
@@ -229,7 +229,7 @@ def _of_json(directory: Path, config: dict[str, Any]) -> Any:
 
 def _options(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What tokenizer_config.json and the files beside it say of special tokens and the chat template."""
-    values = {**read_json(directory / "special_tokens_map.json"), **config}
+    values = {**settings_of(directory / "special_tokens_map.json"), **config}
     options = {name: _token(values[name]) for name in SPECIAL_NAMES if values.get(name) is not None}
     options |= {name: values[name] for name in _OPTIONS if values.get(name) is not None}
     template = directory / "chat_template.jinja"
@@ -260,14 +260,6 @@ def special(token: str) -> Any:
     return AddedToken(token, normalized=False, special=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty where there is none. Raises UserError."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
-    return values
+def settings_of(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty where there is none. Raises UserError."""
+    return read_json(path) if path.is_file() else {}

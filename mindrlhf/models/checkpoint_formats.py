@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindrlhf.config.reading import read_json
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.conversion import stored_shapes
-from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import INDEX_FILE, check_names, named_as_whole
 from mindrlhf.models.mindformers_names import mindformers_from_stored, mindformers_tensors, stored_from_mindformers
 from mindrlhf.models.raw_tensors import CHECKSUMS_FILE, KINDS, RawSource, RawTensors, sha256

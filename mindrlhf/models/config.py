@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mindrlhf.config.reading import read_json
 from mindrlhf.errors import UserError
 from mindrlhf.models.compute import Compute
 from mindrlhf.models.families import FAMILIES, Family
-from mindrlhf.models.fields import read_json, refuse_unknown
+from mindrlhf.models.fields import refuse_unknown
 from mindrlhf.models.hf_config import HEADS, YAML_KEYS, Latent, Router, read_fields, written_values
 from mindrlhf.models.rope_settings import ROPE_TYPES, rope_type
 from mindrlhf.models.shapes import expected_shapes

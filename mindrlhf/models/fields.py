@@ -1,28 +1,13 @@
 """Typed reading of one key of a JSON or YAML mapping: the value, or a UserError naming file, key and fix."""
 
 import difflib
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mindrlhf.errors import UserError
 
 REQUIRED: Any = object()  # the default of a key that must be there
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where it is missing, not JSON or not an object."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a Hugging Face checkpoint directory")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not a JSON object; download it again")
-    return values
 
 
 def refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

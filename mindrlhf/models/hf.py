@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindrlhf.config.reading import read_json
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.conversion import Source, stored_shapes
-from mindrlhf.models.fields import read_json
 from mindrlhf.models.shapes import HEAD, SCORE
 from mindrlhf.utils.parallel import is_main
 

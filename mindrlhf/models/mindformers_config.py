@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from mindrlhf.config import ParallelConfig
-from mindrlhf.config.reading import not_yaml
+from mindrlhf.config.reading import not_yaml, read_json
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
-from mindrlhf.models.fields import integer, read_json
+from mindrlhf.models.fields import integer
 from mindrlhf.models.mindformers_kinds import BY_MODEL_TYPE, EXPERT_KEYS, KINDS, Values, refuse_other
 
 _ARCHITECTURE = ("model_type",) + tuple(

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindrlhf.config.reading import read_json
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.conversion import is_stored_as_it_is
-from mindrlhf.models.fields import flag, integer, number, read_json
+from mindrlhf.models.fields import flag, integer, number
 from mindrlhf.models.hf import read_tensor_file, write_tensor_file
 from mindrlhf.models.lora import MODULES, A, Lora
 from mindrlhf.models.shapes import SCORE

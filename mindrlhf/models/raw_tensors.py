@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mindrlhf.config.reading import read_json
 from mindrlhf.errors import UserError
-from mindrlhf.models.fields import read_json
 
 CHECKSUMS_FILE = "checksums.json"
 

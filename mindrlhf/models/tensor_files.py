@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mindrlhf.config.reading import read_json
 from mindrlhf.errors import UserError
 from mindrlhf.models.ckpt_files import ckpt_places, write_ckpt
-from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import INDEX_FILE, SINGLE_FILE, flush_path, read_tensor_file, read_tensors
 from mindrlhf.models.raw_tensors import KINDS, Place, RawSource, RawTensors
 

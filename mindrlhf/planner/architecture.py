@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mindrlhf.config.reading import read_json
 from mindrlhf.layout import Layout, is_stacked, split_axis
 from mindrlhf.models.config import DecoderConfig
-from mindrlhf.models.fields import read_json
 from mindrlhf.models.mindformers_config import read_mindformers
 from mindrlhf.models.shapes import Shapes, expected_shapes
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.config import OfflineConfig, OnlineConfig, config_to_yaml, difference
+from mindrlhf.config.reading import read_json
 from mindrlhf.errors import CommonError, UserError
 from mindrlhf.models.decoder import Decoder
-from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import Source
 from mindrlhf.trainer.best import Best
 from mindrlhf.trainer.layouts import described

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from mindrlhf.config.reading import read_json
 from mindrlhf.errors import UserError
 from mindrlhf.models.config import DecoderConfig
 from mindrlhf.models.conversion import Source
-from mindrlhf.models.fields import read_json
 from mindrlhf.models.hf import flush_path, read_tensors, write_tensors
 from mindrlhf.utils.parallel import from_main, is_main
 

@@ -208,7 +208,7 @@ def test_a_tokenizer_json_in_a_class_of_its_own(tokenizer_directory, tokenizer, 
         (b"IQ== 0\nIg== 1\n", {}, r"lacks the byte 0, so not every text has tokens"),
         (b"IQ== 0\n", {"tokenizer_class": "MoonTokenizer"}, r"how MoonTokenizer splits texts .* is unknown .known: QW"),
         (b"\n\x05not\x00", {}, r"neither a SentencePiece model nor tiktoken's ranks; download it again"),
-        (b"IQ== 0\n", "[1]", r"tokenizer_config.json: not a JSON object"),
+        (b"IQ== 0\n", "[1]", r"tokenizer_config.json: holds a list, not a JSON object"),
     ],
 )
 def test_broken_files(tmp_path, content, config, expected):
