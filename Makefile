@@ -16,9 +16,9 @@ rlhf: venv
 test: lint
 	$(VENV)/bin/pytest -q -n 2 -m "not slow"
 
-# The examples, each to its end.
+# The examples, each to its end, and what takes longer. A file's tests share what they compile.
 test-slow: venv
-	$(VENV)/bin/pytest -q -m slow
+	$(VENV)/bin/pytest -q -n 2 --dist loadfile -m slow
 
 # What a checkpoint's directory means to torch and transformers; CHECKPOINT= is one that a run has left.
 check-export: venv $(if $(TORCH_PYTHON),,$(TORCH_VENV)/.installed)

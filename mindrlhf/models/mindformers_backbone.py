@@ -62,8 +62,9 @@ def network_of(model: ModelConfig) -> Network:
         field = difference(described, config)
         if field:
             there, here = getattr(described, field), getattr(config, field)
+            checkpoint = model.path or "the model"
             raise UserError(
-                f"model.mindformers: {field} is {there} in {model.mindformers} and {here} in {model.path}; remove "
+                f"model.mindformers: {field} is {there} in {model.mindformers} and {here} in {checkpoint}; remove "
                 "model.mindformers, or name the YAML of this checkpoint"
             )
         return cell(config, weights, **rest)

@@ -253,7 +253,7 @@ def test_what_it_cannot(mindspore, tmp_path):
     with pytest.raises(UserError, match=r"model.backbone: \S+model.yaml has ChatGLM2Config; of .* set it to decoder"):
         network_of(model({"type": "ChatGLM2Config", **GLM}))
     assert network_of(model({"type": "ChatGLM2Config", **GLM}, "decoder")).config == CONFIGS["glm"]
-    with pytest.raises(UserError, match=r"model.mindformers: num_layers is 2 in \S+model.yaml, 1 in model.path"):
+    with pytest.raises(UserError, match=r"model.mindformers: num_layers is 2 in \S+ and 1 in the model; remove"):
         network_of(model(llama)).make(replace(config, num_layers=1), weights)
 
 

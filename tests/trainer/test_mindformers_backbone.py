@@ -107,7 +107,7 @@ def test_our_decoder_of_their_yaml(make_stage, write_yaml):
     ours.policy.write(path.parent / "model")
     opened = make_stage("sft", f"model.path={path.parent / 'model'}", f"model.mindformers={path}", output="opened")
     assert opened.policy.decoder.config.model_type == "qwen2"
-    with pytest.raises(UserError, match=r"model.mindformers: hidden_size is 64 in \S+, 32 in model.path"):
+    with pytest.raises(UserError, match=r"model.mindformers: hidden_size is 64 in \S+ and 32 in \S+; remove"):
         write_yaml(300, hidden_size=64)
         make_stage("sft", f"model.path={path.parent / 'model'}", f"model.mindformers={path}")
     with pytest.raises(UserError, match=r"model.build.decoder: model.mindformers describes the model too; remove one"):

@@ -446,6 +446,7 @@ def test_unfinished_answers_go_on_in_the_next_step(make_trainer):
     assert metrics_of(straight) == metrics_of(second)
 
 
+@pytest.mark.slow
 def test_unfinished_answers_survive_a_reward_that_fails(make_trainer):
     """The state that is saved is of before the step, whatever the step has done to the answers since."""
     options = {"rollout__partial_tokens": 3, "rollout__slots": 16, "trainer__steps": 5, "algorithm__kl_coef": 0}

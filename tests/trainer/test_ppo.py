@@ -34,7 +34,8 @@ def make_ppo(mindspore, tiny_config):
     return make
 
 
-@pytest.mark.parametrize("kind", [OWN, pytest.param(SHARED, id="shared-trunk", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@KINDS
 def test_a_resumed_and_swapped_run_is_bit_equal_to_an_uninterrupted_one(
     make_ppo, compilations, monkeypatch, mindspore, tmp_path, kind
 ):
