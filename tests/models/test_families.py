@@ -327,7 +327,7 @@ def test_adapters(mindspore, subject):
     try:
         lora = Lora.of(LoraConfig(rank=2, alpha=4, target_modules=["all-linear"]), config)
     except UserError as refusal:
-        assert "none: train the whole model" in str(refusal)
+        assert "has no projections that adapters can be on" in str(refusal)
         return
     random = np.random.default_rng(5)
     values = {name: random.normal(0, 0.2, shape).astype(np.float32) for name, shape in lora.shapes(config).items()}
