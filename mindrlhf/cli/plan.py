@@ -104,17 +104,11 @@ def quantity(text: str, option: str, units: dict[str, int]) -> float:
 
 def read_config(path: str, overrides: list[str]) -> Any:
     """The job's config, PPO's where it has a critic; the default GRPO job where the path is a model's."""
-    import yaml
-
     from mindrlhf.config import GRPOConfig, PPOConfig, load_config
 
     if _model(path):
         return load_config(GRPOConfig, None, overrides)
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
-        values = {}  # load_config says what is wrong, with the line
-    values = values if isinstance(values, dict) else {}
+    values = _content(path)
     if "training" in values or "distillation" in values:
         raise UserError(f"{path}: is an offline job's; the planner takes the YAML of a grpo or ppo job, or a model")
     algorithm = values.get("algorithm")
@@ -124,18 +118,19 @@ def read_config(path: str, overrides: list[str]) -> Any:
 
 
 def _model(path: str) -> str | None:
-    return path if Path(path).is_dir() or path.endswith(".json") or "model_config" in _sections(path) else None
+    is_model = Path(path).is_dir() or path.endswith(".json") or "model_config" in (_content(path).get("model") or {})
+    return path if is_model else None
 
 
-def _sections(path: str) -> Any:
-    """Of a YAML's model, which in MindFormers' has a model_config."""
+def _content(path: str) -> dict[str, Any]:
+    """Of a YAML; empty where it is none."""
     import yaml
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError):
         return {}  # load_config says what is wrong, with the line
-    return (values.get("model") or {}) if isinstance(values, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def read_job(config: Any, model: str | None, architecture: "Architecture | None" = None) -> "Job":

@@ -205,9 +205,12 @@ class Decoder(nn.Cell):
             return kernels.linear(hidden, self.embedding, None, False, self.dtype)
         logits = kernels.linear(hidden, self.head, None, self.transposed, self.dtype)
         if self.config.family.normalized_head:
-            axis = 0 if self.transposed else 1
-            logits = logits * ops.rsqrt(ops.maximum((self.head * self.head).sum(axis), 1e-24)).expand_dims(0)
+            logits = logits * self._inverse_lengths(self.head, 0 if self.transposed else 1).expand_dims(0)
         return logits
+
+    def _inverse_lengths(self, head, axis: int):
+        """1 / the length of each token's row of the head, [vocabulary / T]; axis: that of the hidden size."""
+        return ops.rsqrt(ops.maximum((head * head).sum(axis), 1e-24))
 
     def is_chunked(self, targets: int) -> bool:
         """Whether the log-probs of so many are computed in chunks. A generator's decoder, transposed, has few."""
@@ -217,7 +220,7 @@ class Decoder(nn.Cell):
         """What own_logits multiplies by, [vocabulary / T, H]; not of a transposed decoder."""
         head = self.embedding if self.tied else self.head
         if self.config.family.normalized_head:
-            return head * ops.rsqrt(ops.maximum((head * head).sum(1, keepdims=True), 1e-24))
+            return head * self._inverse_lengths(head, 1).expand_dims(1)
         return head.reshape(head.shape)  # a parameter itself cannot be an argument of a cell with its own gradient
 
     def scores(self, hidden):

@@ -4,31 +4,26 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 
-from mindrlhf.utils.parallel import prepare_environment
-
-prepare_environment()
-
-from mindspore import Tensor  # noqa: E402
-
-from mindrlhf.config import BalanceConfig, LoraConfig, OptimizerConfig  # noqa: E402
-from mindrlhf.errors import UserError  # noqa: E402
-from mindrlhf.layout import ONE_PROCESS  # noqa: E402
-from mindrlhf.models.config import DecoderConfig  # noqa: E402
-from mindrlhf.models.decoder import Decoder, random_weights  # noqa: E402
-from mindrlhf.models.experts import Experts, Router  # noqa: E402
-from mindrlhf.models.hf_config import Latent  # noqa: E402
-from mindrlhf.models.hf_config import Router as Routing  # noqa: E402
-from mindrlhf.models.layers import Make  # noqa: E402
-from mindrlhf.models.lora import Lora, random_adapter  # noqa: E402
-from mindrlhf.models.shard import Shard  # noqa: E402
-from mindrlhf.types import SupervisedBatch  # noqa: E402
-from mindrlhf.wrapper.balance import Balancer  # noqa: E402
-from mindrlhf.wrapper.objectives import SupervisedObjective  # noqa: E402
-from mindrlhf.wrapper.train_step import TrainStep  # noqa: E402
-from tests.gradients import central_differences  # noqa: E402
-from tests.models import expert_cells as cells  # noqa: E402
-from tests.models.kernel_cells import Gradients  # noqa: E402
+from mindrlhf.config import BalanceConfig, LoraConfig, OptimizerConfig
+from mindrlhf.errors import UserError
+from mindrlhf.layout import ONE_PROCESS
+from mindrlhf.models.config import DecoderConfig
+from mindrlhf.models.decoder import Decoder, random_weights
+from mindrlhf.models.experts import Experts, Router
+from mindrlhf.models.hf_config import Latent
+from mindrlhf.models.hf_config import Router as Routing
+from mindrlhf.models.layers import Make
+from mindrlhf.models.lora import Lora, random_adapter
+from mindrlhf.models.shard import Shard
+from mindrlhf.types import SupervisedBatch
+from mindrlhf.wrapper.balance import Balancer
+from mindrlhf.wrapper.objectives import SupervisedObjective
+from mindrlhf.wrapper.train_step import TrainStep
+from tests.gradients import central_differences
+from tests.models import expert_cells as cells
+from tests.models.kernel_cells import Gradients
 
 random = np.random.default_rng(0)
 COMMON = dict(
