@@ -92,11 +92,12 @@ def _run(arguments: list[str]) -> int:
     )
     parser.set_defaults(command=name)
     module.add_arguments(parser)
-    from mindrlhf.utils import compile_cache
+    # Intermixed: `a.b=c` overrides may stand before and after the options.
+    parsed = parser.parse_intermixed_args(arguments[1:])
+    from mindrlhf.utils import compile_cache  # behind --help, which it would slow down
 
     compile_cache.start("\0".join(arguments))
-    # Intermixed: `a.b=c` overrides may stand before and after the options.
-    return module.run(parser.parse_intermixed_args(arguments[1:]))
+    return module.run(parsed)
 
 
 def _top_parser() -> argparse.ArgumentParser:
